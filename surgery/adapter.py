@@ -1,0 +1,424 @@
+"""Adapters: stored deltas in PEFT form, read lazily, and bound to the weights of a base.
+
+An :class:`Adapter` holds tensors under PEFT's keys and a configuration. :func:`bind` finds the weight that each of
+them changes and turns them into updates (:mod:`surgery.delta`); a tensor that finds no weight stops the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery import execute, numerics, provenance
+from surgery.checkpoint import Checkpoint, default_jobs, read_record
+from surgery.delta import Dense, LowRank, Magnitude, Replacement, Rows, Update
+from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from surgery.formats import peft
+from surgery.names import align, module_of
+from surgery.roles import role_of, transposed_weights
+from surgery.sources import local
+from surgery.tensor import LazyTensor, TensorSpec, human_bytes, read_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Adapter:
+    """A PEFT LoRA adapter.
+
+    Args:
+        tensors: by PEFT key.
+        document: ``adapter_config.json``.
+        label: a short name for messages and records.
+        stored: the files it reads from.
+        files: further files that belong into its folder (``README.md``).
+        record: composes its provenance from its tensors' fingerprints.
+        taken_from: fingerprints of the base tensors it was taken from, where they are known.
+        report: how good it is, for adapters that were extracted.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, LazyTensor],
+        document: Mapping[str, Any],
+        *,
+        label: str,
+        stored: Sequence[local.StoredWeights] = (),
+        files: Mapping[str, bytes] | None = None,
+        record: Callable[[Mapping[str, str]], dict[str, Any]] | None = None,
+        taken_from: Mapping[str, str] | None = None,
+        report: Any = None,
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.document = dict(document)
+        self.label = label
+        self.stored = list(stored)
+        self.files = dict(files or {})
+        self.taken_from = dict(taken_from or {})
+        self.report = report
+        self._record = record
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        """Name it and say how large it is."""
+        return f"<Adapter {self.label!r}: rank {self.document.get('r')}, {len(self.tensors)} tensors, {human_bytes(self.nbytes)}>"
+
+    def _repr_html_(self) -> str:
+        """Show the report in a notebook."""
+        return self.report._repr_html_() if self.report is not None else f"<code>{self!r}</code>"
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Read one tensor."""
+        return numerics.load(self.tensors[key])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Read all tensors, by PEFT key."""
+        return {key: self[key] for key in self.tensors}
+
+    def fingerprint(self) -> str:
+        """Fingerprint its tensors and the settings that decide its scale."""
+        values = {key: provenance.fingerprint(tensor) for key, tensor in self.tensors.items()}
+        scale = {
+            key: self.document.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        }
+        return provenance.combine({**values, "": repr(sorted(scale.items()))})
+
+    def save(
+        self, out: str | os.PathLike[str], *, overwrite: bool = False, progress: execute.Progress | None = None
+    ) -> dict[str, Any]:
+        """Write a folder that PEFT loads, whole or not at all; see :meth:`surgery.Checkpoint.save`."""
+        if os.fspath(out).endswith(".safetensors"):
+            raise UsageError("an adapter is a folder: its scale stands in a file of its own", file=os.fspath(out))
+        return execute.publish(
+            self.tensors,
+            out,
+            record=self._record or self._plain_record,
+            stem=peft.STEM,
+            max_shard_size=1 << 62,
+            workers=default_jobs(),
+            overwrite=overwrite,
+            sources=self.stored,
+            files={peft.CONFIG: peft.encode_config(self.document), **self.files},
+            progress=progress,
+        )
+
+    def _plain_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        return provenance.record(
+            "save",
+            parameters={},
+            inputs=[{"role": "adapter", "name": self.label}],
+            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            base=self.taken_from,
+        )
+
+
+def is_adapter(source: object) -> bool:
+    """Say whether ``source`` is an adapter: an object, a folder with an adapter's files, or such a file."""
+    if isinstance(source, Adapter):
+        return True
+    if not isinstance(source, (str, os.PathLike)):
+        return False
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = os.listdir(path)
+        return peft.CONFIG in names or (any(n.startswith(peft.STEM) for n in names) and "config.json" not in names)
+    return path.name.startswith(peft.STEM) or path.name == peft.CONFIG
+
+
+def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
+    """Open an adapter: its configuration and headers are checked, data is not read.
+
+    Args:
+        source: its folder, or a file in it.
+
+    Raises:
+        FormatError: a file is missing or malformed.
+        UnsupportedError: not LoRA.
+    """
+    if isinstance(source, Adapter):
+        return source
+    path = local.resolve(source)
+    folder = path if path.is_dir() else path.parent
+    document = local.read_config(folder, peft.CONFIG)
+    if document is None:
+        raise FormatError(f"has no {peft.CONFIG}, so the adapter's scale is not known", file=folder)
+    try:
+        peft.parse_config(document)
+    except SurgeryError as error:
+        raise error.at(file=folder / peft.CONFIG) from None
+    stored = local.open_weights(folder, adapter=True)
+    record = read_record(folder) or {}
+    taken_from = record.get("base", {})
+    if not isinstance(taken_from, dict):
+        raise FormatError("the record's base is not a mapping", file=folder / provenance.RECORD)
+    return Adapter(stored.tensors, document, label=stored.label, stored=[stored], taken_from=taken_from)
+
+
+@dataclass
+class Binding:
+    """An adapter's effect on a base, weight by weight."""
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Weights of which only these rows are replaced."""
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, weight: str, update: Update) -> None:
+        """Add an update of a weight."""
+        self.updates.setdefault(weight, []).append(update)
+
+    @property
+    def replaced(self) -> set[str]:
+        """Weights that are replaced in full."""
+        return {
+            name for name, updates in self.updates.items() if any(isinstance(update, Replacement) for update in updates)
+        }
+
+
+def bind(
+    adapter: Adapter,
+    base: Checkpoint,
+    *,
+    coeff: float = 1.0,
+    name_map: Mapping[str, str] | None = None,
+    allow_incomplete: bool = False,
+) -> Binding:
+    """Find the weight that every tensor of an adapter changes.
+
+    Args:
+        adapter: what to bind.
+        base: where its weights are.
+        coeff: the adapter's coefficient.
+        name_map: module or parameter name in the adapter → parameter name in the base.
+        allow_incomplete: accept an adapter that lacks modules its configuration names.
+
+    Raises:
+        MismatchError: a tensor finds no weight, or one of another shape; or modules are missing.
+        UnsupportedError: a combination that cannot be merged.
+    """
+    config = peft.parse_config(adapter.document)
+    parts = peft.collect(adapter.tensors)
+    wanted = [f"{module}.weight" for module in [*parts.low_rank, *parts.rows]] + list(parts.full)
+    wanted += [f"{module}.bias" for module, roles in parts.low_rank.items() if "lora_bias" in roles]
+    found, notes = _resolve(adapter, base, wanted, parts, name_map or {})
+    binding = Binding(notes=notes)
+    layout = _Layout(
+        base, {found[f"{m}.weight"]: _factors(adapter, roles) for m, roles in parts.low_rank.items()}, config
+    )
+    for module, roles in parts.low_rank.items():
+        weight = found[f"{module}.weight"]
+        low_rank = _low_rank(adapter, config, module, roles, layout.transposed(weight), coeff)
+        _check_shape(low_rank, base.tensors[weight].spec, adapter)
+        if config.use_dora and "magnitude" not in roles:
+            raise MismatchError("its DoRA magnitude is not in the adapter", file=adapter.label, tensor=module)
+        binding.add(
+            weight, _magnitude(adapter, roles, low_rank, base, weight, coeff) if "magnitude" in roles else low_rank
+        )
+        if "lora_bias" in roles:
+            binding.add(found[f"{module}.bias"], Dense(adapter.tensors[roles["lora_bias"]], coeff * low_rank.scaling))
+    for name, key in parts.full.items():
+        if found[name] is not None:
+            _bind_full(adapter, base, binding, found[name], key, coeff)
+    for module, key in parts.rows.items():
+        _bind_rows(adapter, config, base, binding, found[f"{module}.weight"], module, key, coeff)
+    if not allow_incomplete:
+        _refuse_incomplete(adapter, base, {found[f"{module}.weight"] for module in parts.low_rank})
+    return binding
+
+
+def _factors(adapter: Adapter, roles: Mapping[str, str]) -> tuple[TensorSpec, TensorSpec]:
+    kind = "embedding_" if "embedding_a" in roles else ""
+    return adapter.tensors[roles[f"{kind}a"]].spec, adapter.tensors[roles[f"{kind}b"]].spec
+
+
+def _resolve(
+    adapter: Adapter, base: Checkpoint, wanted: Sequence[str], parts: peft.AdapterParts, name_map: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Translate an adapter's parameter names into the base's."""
+    mapped = {}
+    for name in wanted:
+        module, _, parameter = name.rpartition(".")
+        mapped[name] = name_map.get(name) or (f"{name_map[module]}.{parameter}" if module in name_map else name)
+    alignment = align(base.tensors.keys(), sorted(set(mapped.values())))
+    found = {name: alignment.names[mapped[name]] for name in wanted}
+    lost = [name for name in wanted if found[name] not in base.tensors]
+    for name in list(lost):
+        twin = _tied_twin(adapter, base, name, parts, found)
+        if twin is not None:
+            found[name] = twin
+            lost.remove(name)
+    if lost:
+        raise MismatchError(
+            f"{len(lost)} of the adapter's {len(wanted)} parameters are not in {base.label}, {lost[0]!r} among them",
+            file=adapter.label,
+            mend="is this its base? if module and on-disk names differ: --name-map FILE, or pip install "
+            "'checkpoint-surgery[hf]'",
+        )
+    return found, [f"{adapter.label}: {note}" for note in alignment.notes]
+
+
+def _tied_twin(
+    adapter: Adapter, base: Checkpoint, name: str, parts: peft.AdapterParts, found: Mapping[str, str]
+) -> str | None:
+    """Find the tied weight that a full copy of an output head repeats: equal updates of tied weights merge once."""
+    if name not in parts.full or not (base.config or {}).get("tie_word_embeddings", True):
+        return None
+    key = parts.full[name]
+    for other, twin in parts.full.items():
+        same = other != name and adapter.tensors[twin].spec.shape == adapter.tensors[key].spec.shape
+        if same and found[other] in base.tensors and role_of(base.tensors[found[other]].spec) == "embedding":
+            if read_bytes(adapter.tensors[twin]) == read_bytes(adapter.tensors[key]):
+                return found[other]
+            raise MismatchError(
+                f"differs from {other!r}, to which the base ties it", file=adapter.label, tensor=name,
+                mend="untie the base first",
+            )  # fmt: skip
+    return None
+
+
+class _Layout:
+    """Says which weights are stored ``(in, out)``: by shape, then by the model's other weights, then by the configuration."""
+
+    def __init__(
+        self, base: Checkpoint, factors: Mapping[str, tuple[TensorSpec, TensorSpec]], config: peft.LoraConfig
+    ) -> None:
+        self._evidence = [
+            verdict for weight, pair in factors.items() for verdict in [_by_shape(base.tensors[weight].spec, *pair)]
+            if verdict is not None
+        ]  # fmt: skip
+        self._base = base
+        self._factors = factors
+        self._config = config
+        self._stored_transposed = transposed_weights(base.specs, base.config)
+
+    def transposed(self, weight: str) -> bool:
+        """Say whether ``weight`` is stored ``(in, out)``."""
+        verdict = _by_shape(self._base.tensors[weight].spec, *self._factors[weight])
+        if verdict is not None:
+            return verdict
+        if weight in self._stored_transposed:
+            return True
+        return any(self._evidence) if self._evidence else self._config.fan_in_fan_out
+
+
+def _by_shape(weight: TensorSpec, a: TensorSpec, b: TensorSpec) -> bool | None:
+    """Read the layout off the shapes; ``None`` where the weight is square or nothing fits."""
+    if len(weight.shape) != 2 or weight.shape[0] == weight.shape[1] or len(a.shape) != 2:
+        return None
+    if weight.shape == (a.shape[1], b.shape[0]):
+        return True
+    return False if weight.shape == (b.shape[0], a.shape[1]) else None
+
+
+def _low_rank(
+    adapter: Adapter, config: peft.LoraConfig, module: str, roles: Mapping[str, str], transposed: bool, coeff: float
+) -> LowRank:
+    embedding = "embedding_a" in roles
+    kind = "embedding_" if embedding else ""
+    a, b = adapter.tensors[roles[f"{kind}a"]], adapter.tensors[roles[f"{kind}b"]]
+    if len(a.spec.shape) < 2 or len(b.spec.shape) < 2 or a.spec.shape[0] != b.spec.shape[1]:
+        raise MismatchError(
+            f"A is {a.spec.describe()} and B is {b.spec.describe()}: their ranks differ",
+            file=adapter.label,
+            tensor=module,
+        )
+    try:
+        scaling = config.scaling(module, a.spec.shape[0])
+    except SurgeryError as error:
+        raise error.at(file=adapter.label) from None
+    return LowRank(a, b, scaling, transposed=embedding or (transposed and len(a.spec.shape) == 2), coeff=coeff)
+
+
+def _check_shape(low_rank: LowRank, weight: TensorSpec, adapter: Adapter) -> None:
+    rows = weight.shape[0] if weight.shape else 1
+    matrix = (rows, weight.numel // max(rows, 1))
+    if len(weight.shape) < 2 or low_rank.shape != matrix:
+        raise MismatchError(
+            f"its delta is {list(low_rank.shape)}, the weight {weight.describe()}",
+            file=adapter.label,
+            tensor=weight.name,
+            mend="is this its base?",
+        )
+
+
+def _magnitude(
+    adapter: Adapter, roles: Mapping[str, str], low_rank: LowRank, base: Checkpoint, weight: str, coeff: float
+) -> Magnitude:
+    magnitude = adapter.tensors[roles["magnitude"]]
+    outputs = low_rank.b.spec.shape[0]
+    if "embedding_a" in roles or len(low_rank.a.spec.shape) != 2:
+        raise UnsupportedError(
+            "DoRA on embeddings and convolutions is not supported", file=adapter.label, tensor=weight
+        )
+    if magnitude.spec.numel != outputs:
+        raise MismatchError(
+            f"its DoRA magnitude has {magnitude.spec.numel} entries for {outputs} outputs",
+            file=adapter.label,
+            tensor=weight,
+        )
+    return Magnitude(low_rank, magnitude, base.tensors[weight], coeff)
+
+
+def _bind_full(adapter: Adapter, base: Checkpoint, binding: Binding, weight: str, key: str, coeff: float) -> None:
+    new, old = adapter.tensors[key], base.tensors[weight].spec
+    if any(isinstance(update, Replacement) for update in binding.updates.get(weight, ())):
+        return  # the twin of a tied weight, equal to the one that was bound
+    if new.spec.shape != old.shape:
+        raise MismatchError(
+            f"is {new.spec.describe()} in the adapter and {old.describe()} in {base.label}",
+            file=adapter.label,
+            tensor=weight,
+            mend="a resized vocabulary cannot be merged yet",
+        )
+    binding.add(weight, Replacement(new, coeff))
+
+
+def _bind_rows(
+    adapter: Adapter, config: peft.LoraConfig, base: Checkpoint, binding: Binding, weight: str, module: str, key: str,
+    coeff: float,
+) -> None:  # fmt: skip
+    new, old = adapter.tensors[key], base.tensors[weight].spec
+    named = [
+        rows for name, rows in config.token_indices.items() if name and (module == name or module.endswith("." + name))
+    ]
+    indices = named[0] if named else config.token_indices.get("")
+    if indices is None:
+        raise MismatchError("the configuration does not say which rows it replaces", file=adapter.label, tensor=key)
+    if len(old.shape) != 2 or new.spec.shape != (len(indices), old.shape[1]):
+        raise MismatchError(
+            f"{len(indices)} rows of {old.describe()} cannot be {new.spec.describe()}",
+            file=adapter.label,
+            tensor=weight,
+        )
+    if max(indices, default=0) >= old.shape[0]:
+        raise MismatchError(f"row {max(indices)} is beyond its {old.shape[0]} rows", file=adapter.label, tensor=weight)
+    binding.add(weight, Rows(indices, new, coeff))
+    binding.rows[weight] = tuple(sorted(indices))
+
+
+def _refuse_incomplete(adapter: Adapter, base: Checkpoint, adapted: set[str]) -> None:
+    targets = adapter.document.get("target_modules")
+    narrowed = any(adapter.document.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if not isinstance(targets, list) or narrowed:
+        return
+    modules = {module_of(weight) for weight in adapted}
+    saved = adapter.document.get("modules_to_save") or []
+    for name, spec in base.specs.items():
+        module = module_of(name)
+        if not name.endswith(".weight") or len(spec.shape) < 2 or module in modules:
+            continue
+        named = any(module == target or module.endswith(f".{target}") for target in targets)
+        if named and not any(module.endswith(kept) for kept in saved):
+            raise MismatchError(
+                "the adapter's configuration names it, but no tensor is for it",
+                file=adapter.label,
+                tensor=name,
+                mend="the adapter is incomplete; --allow-incomplete merges what is there",
+            )

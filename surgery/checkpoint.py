@@ -1,0 +1,332 @@
+"""Checkpoints: lazy mappings from tensor names to tensors. What :func:`surgery.open` and every operation return.
+
+Nothing is read until a tensor is looked at or the checkpoint is saved. ``checkpoint[name]`` gives one torch tensor;
+``.lazy(name)`` its recipe; ``.specs`` all names, dtypes and shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery import execute, provenance
+from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from surgery.plan import Plan, lay_out
+from surgery.sources import local, memory
+from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
+
+if TYPE_CHECKING:
+    import torch
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+"""What operations take for a checkpoint: a path, a state dict in memory, or a :class:`Checkpoint`."""
+
+Record = Callable[[Mapping[str, str]], dict[str, Any]]
+"""Composes an output's provenance from the fingerprints of its tensors."""
+
+
+@dataclass
+class Origin:
+    """How a checkpoint came to be: what its record will say, and what is kept beside it."""
+
+    record: Record
+    kept: Mapping[str, LazyTensor] = field(default_factory=dict)
+    """Tensors for ``.surgery/originals``: what a merge replaced."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """The tensors of one model, not yet read."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, LazyTensor],
+        *,
+        label: str,
+        stored: Sequence[local.StoredWeights] = (),
+        shards: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        side_files: Mapping[str, Path] | None = None,
+        notes: Sequence[str] = (),
+        origin: Origin | None = None,
+    ) -> None:
+        """Hold lazy tensors and what is known about them.
+
+        Args:
+            tensors: by name.
+            label: a short name for messages and records.
+            stored: the files it reads from, at any depth.
+            shards: the file each tensor came from.
+            config: ``config.json``.
+            side_files: files that travel with it.
+            notes: what a reader should know, one line each.
+            origin: how an operation made it; ``None`` for a checkpoint as found.
+        """
+        self.tensors = dict(tensors)
+        self.label = label
+        self.stored = list(stored)
+        self.shards = dict(shards or {})
+        self.config = config
+        self.side_files = dict(side_files or {})
+        self.notes = list(notes)
+        self.origin = origin
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor's name, dtype and shape."""
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of floating-point elements: what people call parameters."""
+        return sum(spec.numel for spec in self.specs.values() if spec.dtype[0] in "FB" and spec.dtype != "BOOL")
+
+    def lazy(self, name: str) -> LazyTensor:
+        """Return a tensor's recipe.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return self.tensors[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read or compute one tensor."""
+        from surgery import numerics
+
+        return numerics.load(self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        """Name it and say how large it is."""
+        size = f"{len(self)} tensors, {human_count(self.parameters)} parameters, {human_bytes(self.nbytes)}"
+        return f"<Checkpoint {self.label!r}: {size}>"
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Read everything into memory."""
+        return {name: self[name] for name in self}
+
+    def load_into(self, module: torch.nn.Module, *, strict: bool = True) -> None:
+        """Copy every tensor into a module's parameters and buffers, one at a time.
+
+        Raises:
+            MismatchError: with ``strict``, names that do not meet; always, shapes that differ.
+        """
+        own = module.state_dict(keep_vars=True)
+        missing, extra = own.keys() - self.keys(), self.keys() - own.keys()
+        if strict and (missing or extra):
+            name = min(missing or extra)
+            side = "is in the module only" if missing else "is in the checkpoint only"
+            raise MismatchError(side, tensor=name, mend="strict=False loads what meets")
+        for name in own.keys() & self.keys():
+            if tuple(own[name].shape) != self.tensors[name].spec.shape:
+                raise MismatchError(
+                    f"has shape {self.tensors[name].spec.shape}, the module {tuple(own[name].shape)}", tensor=name
+                )
+        for name in own.keys() & self.keys():
+            own[name].data.copy_(self[name])
+
+    def plan(
+        self, *, max_shard_size: int | None = None, jobs: int | None = None, max_memory: int | None = None
+    ) -> Plan:
+        """Lay the output out without reading data: what ``--dry-run`` prints."""
+        return lay_out(
+            self.tensors,
+            shards=self.shards,
+            max_shard_size=max_shard_size,
+            workers=jobs or default_jobs(),
+            max_memory=max_memory,
+            bytes_read=self.nbytes,
+            counts=self.origin.counts if self.origin else {"copied": len(self)},
+        )
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | None = None,
+        jobs: int | None = None,
+        max_memory: int | None = None,
+        progress: execute.Progress | None = None,
+    ) -> dict[str, Any]:
+        """Write the checkpoint, and publish it whole or not at all.
+
+        Args:
+            out: a folder, or one file where it ends in ``.safetensors``.
+            overwrite: replace what is there.
+            max_shard_size: bytes; the input's own split by default.
+            jobs: threads; as many as there are cores by default. The bytes written do not depend on it.
+            max_memory: refuse a plan that may need more bytes than this.
+            progress: somebody who watches.
+
+        Returns:
+            The record that was written as ``surgery.json``, or into the single file's metadata.
+
+        Raises:
+            OutputError: ``out`` exists, is an input, is locked, or does not fit.
+            NumericError: a value is NaN, infinite, or overflows.
+        """
+        single = os.fspath(out).endswith(".safetensors")
+        if single and max_shard_size is not None:
+            raise UsageError(
+                "one file has no shards", file=os.fspath(out), mend="drop --max-shard-size, or name a folder"
+            )
+        origin = self.origin or Origin(self._copy_record)
+        return execute.publish(
+            self.tensors,
+            out,
+            record=origin.record,
+            shards=None if single else self.shards,
+            max_shard_size=(1 << 62) if single else max_shard_size,
+            workers=jobs or default_jobs(),
+            max_memory=max_memory,
+            overwrite=overwrite,
+            sources=self.stored,
+            copies={} if single else self.side_files,
+            kept={} if single else origin.kept,
+            progress=progress,
+        )
+
+    def _copy_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        return provenance.record(
+            "save",
+            parameters={},
+            inputs=[{"role": "source", "name": self.label}],
+            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+        )
+
+    def close(self) -> None:
+        """Close the files it reads from."""
+        for stored in self.stored:
+            stored.close()
+
+
+def default_jobs() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint:
+    """Open a checkpoint: headers are read and checked, data is not.
+
+    Args:
+        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a state dict, or a :class:`Checkpoint`.
+        follow_links: accept links that lead out of a folder.
+
+    Raises:
+        FormatError: malformed, incomplete, or nothing there.
+        MismatchError: two weight sets in one folder.
+        UnsafeError: a pickle that would run code, or a path that leads outside.
+
+    >>> import numpy
+    >>> open_checkpoint({"w": numpy.zeros((2, 3), "float32")}).specs
+    {'w': TensorSpec(name='w', dtype='F32', shape=(2, 3))}
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        tensors, notes = memory.open_mapping(source)
+        return Checkpoint(tensors, label="(in memory)", notes=notes)
+    stored = local.open_weights(source, follow_links=follow_links)
+    whole = stored.path.is_dir()
+    return Checkpoint(
+        stored.tensors,
+        label=stored.label,
+        stored=[stored],
+        shards=stored.shards if whole else None,
+        config=local.read_config(stored.path) if whole else None,
+        side_files=local.side_files(stored.path) if whole else None,
+        notes=stored.notes,
+    )
+
+
+def read_record(source: Source) -> dict[str, Any] | None:
+    """Read the provenance record of a saved checkpoint or adapter; ``None`` where there is none.
+
+    Raises:
+        FormatError: it is malformed or of a later version.
+    """
+    if isinstance(source, Mapping):
+        return None
+    path = local.resolve(source)
+    try:
+        if path.is_dir():
+            document = local.read_config(path, provenance.RECORD)
+        else:
+            text = local.open_weights(path).metadata.get(provenance.METADATA_KEY)
+            document = None if text is None else local.safetensors.strict_object(text.encode())
+        if document is not None:
+            provenance.check_schema(document)
+    except SurgeryError as error:
+        raise error.at(file=path) from None
+    return document
+
+
+_QUANTISED_MARKS = (
+    ("weight_scale_inv", "FP8 blocks with scales"), ("weight_scale", "quantised weights with scales"),
+    ("SCB", "bitsandbytes int8"), ("quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
+    ("quant_state.bitsandbytes__fp4", "bitsandbytes FP4"), ("qweight", "GPTQ or AWQ packed weights"),
+    ("weight_packed", "compressed-tensors packed weights"), ("_blocks", "MXFP4 blocks"), ("scales", "quantised weights"),
+)  # fmt: skip
+
+
+def refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Refuse to compute on tensors whose values are codes, not numbers.
+
+    Args:
+        checkpoint: where they are.
+        names: the tensors that arithmetic would touch.
+
+    Raises:
+        UnsupportedError: one of them is quantised; the scheme is named.
+    """
+    declared = (checkpoint.config or {}).get("quantization_config") or {}
+    scheme = declared.get("quant_method") if isinstance(declared, dict) else None
+    modules: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        for mark, what in _QUANTISED_MARKS:
+            if name.endswith("." + mark) or (mark.startswith("_") and name.endswith(mark)):
+                modules.setdefault(name.removesuffix(mark).rstrip("."), what)
+                break
+    for name in names:
+        spec = checkpoint.tensors[name].spec
+        found = modules.get(name.rpartition(".")[0]) or modules.get(name)
+        if found or (spec.dtype not in ARITHMETIC and spec.dtype.startswith("F")):
+            what = scheme or found or f"{spec.dtype} without scales"
+            raise UnsupportedError(
+                f"is quantised ({what}): its codes are not numbers to compute with",
+                file=checkpoint.label,
+                tensor=name,
+                mend="dequantise it first",
+            )
+
+
+def require_arithmetic(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Refuse to compute on integers, booleans and quantised values.
+
+    Raises:
+        UnsupportedError: by name.
+    """
+    refuse_quantised(checkpoint, names)
+    for name in names:
+        spec = checkpoint.tensors[name].spec
+        if spec.dtype not in ARITHMETIC:
+            raise UnsupportedError(
+                f"is {spec.dtype}; surgery computes with {', '.join(ARITHMETIC)}", file=checkpoint.label, tensor=name
+            )
+
+
+__all__ = ["Checkpoint", "FormatError", "Origin", "Source", "open_checkpoint", "read_record", "require_arithmetic"]

@@ -1,0 +1,348 @@
+"""What a delta can be, and a tensor with deltas applied.
+
+An *update* adds ``coeff · Δ`` to the float64 values of a range of one weight:
+
+* :class:`LowRank`: ``Δ = scaling · B @ A`` (LoRA), for linear weights, transposed ones, embeddings and convolutions;
+* :class:`Magnitude`: DoRA, ``Δ = m / ‖W + s·BA‖ ∘ (W + s·BA) − W``;
+* :class:`Dense`: ``Δ`` itself;
+* :class:`Replacement`: ``Δ = new − base`` (biases, norms, whole modules);
+* :class:`Rows`: ``Δ = new − base`` on some rows (trained tokens).
+
+:class:`Applied` is a lazy tensor: the base's values widened to float64, all updates added, rounded once. Every product
+of two bfloat16, float16 or float32 values is exact in float64 or off by 2⁻⁵³, so neither threads nor the BLAS decide
+a bit of the result.
+
+No file, no name rule and no PEFT configuration may enter this room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from surgery import numerics
+from surgery.errors import SurgeryError
+from surgery.tensor import LazyTensor, TensorSpec
+
+
+class Update(Protocol):
+    """Something that changes one weight."""
+
+    @property
+    def unit(self) -> int:
+        """Elements that can only be updated together."""
+        ...
+
+    @property
+    def resident(self) -> int:
+        """Bytes held while its weight is worked on."""
+        ...
+
+    def load(self) -> Loaded:
+        """Read what it needs, once for a weight and thread."""
+        ...
+
+
+class Loaded(Protocol):
+    """An update whose values are in memory."""
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add ``coeff · Δ`` to ``values``, the float64 elements from ``start`` on; ``base`` has them untouched."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """``Δ = scaling · B @ A``, laid out as the weight is.
+
+    Args:
+        a: ``(r, in)``, or for convolutions ``(r, in, …)``.
+        b: ``(out, r)``, or for convolutions ``(out, r, 1, …)``.
+        scaling: ``alpha / r`` or what the configuration says.
+        transposed: the weight is ``(in, out)``: Conv1D layers, and embeddings ``(vocab, dim)``.
+        coeff: the adapter's coefficient in the merge.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    scaling: float
+    transposed: bool = False
+    coeff: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The delta's shape as a matrix, in the weight's layout."""
+        out, into = self.b.spec.shape[0], self.a.spec.numel // max(self.a.spec.shape[0], 1)
+        return (into, out) if self.transposed else (out, into)
+
+    @property
+    def unit(self) -> int:
+        """One row of the weight."""
+        return max(self.shape[1], 1)
+
+    @property
+    def resident(self) -> int:
+        """Both factors in float64."""
+        return 8 * (self.a.spec.numel + self.b.spec.numel)
+
+    def load(self) -> LoadedLowRank:
+        """Read the factors and fold scaling and coefficient into the left one."""
+        a = numerics.load_wide(self.a).reshape(self.a.spec.shape[0], -1)
+        b = numerics.load_wide(self.b).reshape(self.b.spec.shape[0], -1)
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return LoadedLowRank(left, right, self.scaling * self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedLowRank:
+    """Factors in float64: ``Δ[i:j] = scale · left[i:j] @ right``."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add the product of the range's rows."""
+        width = self.right.shape[1]
+        rows = values.view(-1, width)
+        first = start // width
+        torch.addmm(rows, self.left[first : first + rows.shape[0]], self.right, alpha=self.scale, out=rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Magnitude:
+    """DoRA: ``W' = m / ‖W + s·BA‖ ∘ (W + s·BA)``, norms over each output's weights (Liu et al. 2024, eq. 5).
+
+    Args:
+        low_rank: the direction's update (its coefficient is not used).
+        magnitude: ``(out,)``.
+        weight: the base weight, needed whole where its layout is transposed.
+        coeff: the coefficient ``c`` of ``W + c·(W' − W)``.
+    """
+
+    low_rank: LowRank
+    magnitude: LazyTensor
+    weight: LazyTensor
+    coeff: float = 1.0
+
+    @property
+    def unit(self) -> int:
+        """One row, which is one output, or the whole weight where outputs are columns."""
+        return max(self.weight.spec.numel, 1) if self.low_rank.transposed else self.low_rank.unit
+
+    @property
+    def resident(self) -> int:
+        """Factors and magnitudes in float64, and a copy of the range."""
+        extra = 16 * self.weight.spec.numel if self.low_rank.transposed else 16 * numerics.BLOCK
+        return self.low_rank.resident + 8 * self.magnitude.spec.numel + extra
+
+    def load(self) -> LoadedMagnitude:
+        """Read factors and magnitudes."""
+        low_rank = self.low_rank.load()
+        plain = LoadedLowRank(low_rank.left, low_rank.right, self.low_rank.scaling)
+        return LoadedMagnitude(
+            plain, numerics.load_wide(self.magnitude).reshape(-1), self.low_rank.transposed, self.coeff
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedMagnitude:
+    """DoRA's parts in float64."""
+
+    low_rank: LoadedLowRank
+    magnitude: torch.Tensor
+    transposed: bool
+    coeff: float
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add ``coeff · (W' − W)`` for the range's rows."""
+        direction = base.clone()
+        self.low_rank.add_to(direction, base, start)
+        matrix = direction.view(-1, self.low_rank.right.shape[1])
+        if self.transposed:
+            factor = (self.magnitude / matrix.norm(dim=0)).unsqueeze(0)
+        else:
+            first = start // matrix.shape[1]
+            factor = (self.magnitude[first : first + matrix.shape[0]] / matrix.norm(dim=1)).unsqueeze(1)
+        matrix.mul_(factor)
+        values.add_(direction.sub_(base), alpha=self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement:
+    """``Δ = new − base``: a tensor stored in full."""
+
+    new: LazyTensor
+    coeff: float = 1.0
+    unit: int = 1
+
+    @property
+    def resident(self) -> int:
+        """A widened block of the new values."""
+        return 8 * numerics.BLOCK
+
+    def load(self) -> Replacement:
+        """Nothing to read ahead: values come range by range."""
+        return self
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add ``coeff · (new − base)``."""
+        new = numerics.scratch("new", values.numel())
+        numerics.widen(self.new, start, start + values.numel(), new)
+        values.add_(new.sub_(base), alpha=self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """``Δ`` itself, stored in full: a trained bias of LoRA (``lora_bias``)."""
+
+    values: LazyTensor
+    coeff: float = 1.0
+    unit: int = 1
+
+    @property
+    def resident(self) -> int:
+        """A widened block."""
+        return 8 * numerics.BLOCK
+
+    def load(self) -> Dense:
+        """Nothing to read ahead: values come range by range."""
+        return self
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add ``coeff · Δ``."""
+        delta = numerics.scratch("new", values.numel())
+        values.add_(numerics.widen(self.values, start, start + values.numel(), delta), alpha=self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """``Δ = new − base`` on the rows ``indices`` of a ``(vocab, dim)`` weight; zero elsewhere."""
+
+    indices: tuple[int, ...]
+    new: LazyTensor
+    coeff: float = 1.0
+
+    @property
+    def unit(self) -> int:
+        """One row."""
+        return max(self.new.spec.shape[-1], 1)
+
+    @property
+    def resident(self) -> int:
+        """The rows in float64."""
+        return 8 * self.new.spec.numel
+
+    def load(self) -> LoadedRows:
+        """Read the rows, sorted by index."""
+        order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
+        rows = numerics.load_wide(self.new)[order]
+        return LoadedRows(torch.tensor([self.indices[k] for k in order], dtype=torch.int64), rows, self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedRows:
+    """Sorted row numbers and their new values in float64."""
+
+    indices: torch.Tensor
+    rows: torch.Tensor
+    coeff: float
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add the rows that lie in the range."""
+        width = self.rows.shape[1]
+        first, matrix = start // width, values.view(-1, width)
+        low, high = torch.searchsorted(self.indices, torch.tensor([first, first + matrix.shape[0]])).tolist()
+        if low < high:
+            local = self.indices[low:high] - first
+            matrix.index_add_(0, local, self.rows[low:high] - base.view(-1, width)[local], alpha=self.coeff)
+
+
+class Applied:
+    """A weight with updates: ``round(W + Σ coeff·Δ)``, rounded once to the output's dtype.
+
+    Args:
+        base: the weight.
+        updates: what to add, in any order: float64 sums do not depend on it beyond 2⁻⁵³.
+        dtype: the output's dtype; the base's by default.
+        allow_nonfinite: let NaN, Inf and overflow through.
+    """
+
+    scratch = 0
+
+    def __init__(
+        self, base: LazyTensor, updates: Sequence[Update], dtype: str | None = None, *, allow_nonfinite: bool = False
+    ) -> None:
+        self.base = base
+        self.updates = tuple(updates)
+        self.spec = TensorSpec(base.spec.name, dtype or base.spec.dtype, base.spec.shape)
+        self._allow_nonfinite = allow_nonfinite
+
+    @property
+    def unit(self) -> int:
+        """The largest unit of its parts, which the others divide: rows of one weight have one length."""
+        return max([self.base.unit, *(update.unit for update in self.updates)])
+
+    @property
+    def resident(self) -> int:
+        """What the updates hold, plus the float64 and float32 working blocks."""
+        block = max(numerics.BLOCK, min(self.unit, self.spec.numel))
+        return self.base.resident + sum(update.resident for update in self.updates) + 40 * block
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Compute the range.
+
+        Raises:
+            NumericError: a value is NaN or infinite, or overflows the dtype.
+        """
+        size = self.spec.itemsize
+        step = max(numerics.BLOCK // self.unit, 1) * self.unit
+        try:
+            with numerics.deeper():
+                loaded = numerics.thread_memo(self, self._load)
+                for low in range(start, stop, step):
+                    high = min(low + step, stop)
+                    self._compute(loaded, low, high, out[(low - start) * size : (high - start) * size])
+        except SurgeryError as error:
+            raise error.at(tensor=self.spec.name) from None
+
+    def _load(self) -> list[Loaded]:
+        return [update.load() for update in self.updates]
+
+    def _compute(self, loaded: Sequence[Loaded], start: int, stop: int, out: memoryview) -> None:
+        base = numerics.widen(self.base, start, stop, numerics.scratch("base", stop - start))
+        values = numerics.scratch("values", stop - start).copy_(base)
+        for update in loaded:
+            update.add_to(values, base, start)
+        numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
+
+
+class Cast:
+    """A tensor in another dtype, rounded once.
+
+    Args:
+        source: the tensor, of a dtype that surgery computes with.
+        dtype: the new dtype.
+        allow_nonfinite: let NaN, Inf and overflow through.
+    """
+
+    scratch = 0
+    unit = 1
+
+    def __init__(self, source: LazyTensor, dtype: str, *, allow_nonfinite: bool = False) -> None:
+        self.source = source
+        self.unit = source.unit
+        self.spec = TensorSpec(source.spec.name, dtype, source.spec.shape)
+        self._plain = Applied(source, (), dtype, allow_nonfinite=allow_nonfinite)
+
+    @property
+    def resident(self) -> int:
+        """Working blocks."""
+        return self._plain.resident
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read, widen and round the range."""
+        self._plain.read_into(start, stop, out)

@@ -1,0 +1,291 @@
+"""``merge``: put adapters into the weights of a base."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery import provenance
+from surgery.adapter import Adapter, Binding, bind, is_adapter, open_adapter
+from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, read_record, require_arithmetic
+from surgery.delta import Applied, Cast, Replacement, Update
+from surgery.errors import MismatchError, UsageError
+from surgery.tensor import LazyTensor, TensorSpec, renamed
+
+AdapterSource = str | os.PathLike[str] | Adapter
+
+
+def merge(
+    base: Source,
+    *adapters: AdapterSource,
+    coeff: float | Sequence[float] = 1.0,
+    name_map: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
+    allow_incomplete: bool = False,
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    r"""Merge adapters into a base.
+
+    Every touched weight becomes ``round(W + Σᵢ cᵢ · Δᵢ)`` with ``Δ = scaling · B @ A`` for LoRA and ``Δ = new − W`` for
+    tensors that an adapter stores in full. Sums are taken in float64 and rounded once to the weight's own dtype;
+    untouched tensors, and full replacements with ``c = 1``, are copied as bytes.
+
+    Args:
+        base: the checkpoint to merge into.
+        adapters: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects.
+        coeff: one coefficient for all adapters, or one for each; any finite number.
+        name_map: names in the adapters → names in the base, for models whose modules are not called as on disk.
+        allow_base_mismatch: merge although an adapter was taken from another base, or is in there already.
+        allow_incomplete: merge adapters that lack modules which their configuration names.
+        allow_nonfinite: let NaN, Inf and overflow through.
+
+    Returns:
+        The merged checkpoint, lazily: nothing is computed before a tensor is looked at or saved.
+
+    Raises:
+        UsageError: no adapter, or a checkpoint where an adapter belongs.
+        MismatchError: an adapter does not fit this base.
+
+    >>> import torch
+    >>> merged = merge({"q.weight": torch.zeros(2, 2)}, Adapter(
+    ...     {"base_model.model.q.lora_A.weight": open_checkpoint({"a": torch.ones(1, 2)}).lazy("a"),
+    ...      "base_model.model.q.lora_B.weight": open_checkpoint({"b": torch.ones(2, 1)}).lazy("b")},
+    ...     {"peft_type": "LORA", "r": 1, "lora_alpha": 2}, label="demo"))
+    >>> merged["q.weight"].tolist()
+    [[2.0, 2.0], [2.0, 2.0]]
+    """
+    coeffs = spread(coeff, len(adapters))
+    for source in adapters:
+        _refuse_checkpoint(source)
+    checkpoint = open_checkpoint(base)
+    opened = [open_adapter(source) for source in adapters]
+    bindings = [
+        bind(adapter, checkpoint, coeff=c, name_map=name_map, allow_incomplete=allow_incomplete)
+        for adapter, c in zip(opened, coeffs, strict=True)
+    ]
+    work = Work(checkpoint, None if isinstance(base, Mapping) else read_record(base), opened, coeffs, bindings)
+    work.allow_base_mismatch = allow_base_mismatch
+    work.check_not_merged_yet()
+    require_arithmetic(checkpoint, sorted(work.touched))
+    tensors = {name: work.output(name, allow_nonfinite) for name in checkpoint.tensors}
+    counts = {"merged": len(work.touched), "copied": len(tensors) - len(work.touched)}
+    return Checkpoint(
+        tensors,
+        label=f"{checkpoint.label} + {' + '.join(adapter.label for adapter in opened)}",
+        stored=[*checkpoint.stored, *(stored for adapter in opened for stored in adapter.stored)],
+        shards=checkpoint.shards,
+        config=checkpoint.config,
+        side_files=checkpoint.side_files,
+        notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
+        origin=Origin(work.record, kept=work.originals(), counts=counts),
+    )
+
+
+def spread(coeff: float | Sequence[float], count: int) -> list[float]:
+    """Turn ``--coeff`` into one coefficient an adapter.
+
+    Raises:
+        UsageError: another number of them, or one that is not finite.
+    """
+    if count == 0:
+        raise UsageError("nothing to merge: name at least one adapter after the base")
+    given = [float(coeff)] if isinstance(coeff, int | float) else [float(c) for c in coeff]
+    if len(given) not in (1, count):
+        raise UsageError(f"{len(given)} coefficients for {count} adapters", mend="give --coeff once, or once for each")
+    if not all(map(math.isfinite, given)):
+        raise UsageError("a coefficient is not a finite number")
+    return given * count if len(given) == 1 else given
+
+
+def _refuse_checkpoint(source: AdapterSource) -> None:
+    if isinstance(source, Adapter) or is_adapter(source):
+        return
+    if isinstance(source, Mapping):
+        raise UsageError("an adapter is a folder or a surgery.Adapter, not a state dict")
+    open_checkpoint(source)  # a path that is not there, or is malformed, says so itself
+    raise UsageError(
+        "is a checkpoint, not an adapter: merging whole models needs an algorithm, which this version does not have",
+        file=os.fspath(source),
+        mend=f"take a delta out of it first: surgery extract-lora BASE {os.fspath(source)} --rank 32",
+    )
+
+
+@dataclass
+class Work:
+    """One merge: what it touches, and what its record will say."""
+
+    base: Checkpoint
+    base_record: Mapping[str, Any] | None
+    adapters: Sequence[Adapter]
+    coeffs: Sequence[float]
+    bindings: Sequence[Binding]
+    allow_base_mismatch: bool = False
+    traced: dict[str, provenance.Traced] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Collect the updates of every weight and trace the weights they touch."""
+        self.updates: dict[str, list[Update]] = {}
+        for binding in self.bindings:
+            for name, updates in binding.updates.items():
+                self.updates.setdefault(name, []).extend(updates)
+        self.traced = {name: provenance.Traced(self.base.tensors[name]) for name in self.updates}
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the weights that change."""
+        return set(self.updates)
+
+    def output(self, name: str, allow_nonfinite: bool) -> LazyTensor:
+        """Compose one output tensor."""
+        if name not in self.updates:
+            return self.base.tensors[name]
+        spec = self.base.tensors[name].spec
+        (first, *others) = self.updates[name]
+        if isinstance(first, Replacement) and not others and first.coeff == 1.0:
+            # base + 1·(new − base) is new: no arithmetic, and bit-identical where the dtype is the same.
+            return take(first.new, spec, allow_nonfinite=allow_nonfinite)
+        return Applied(self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite)
+
+    def originals(self) -> dict[str, LazyTensor]:
+        """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
+        kept: dict[str, LazyTensor] = {}
+        for name in sorted(self.updates):
+            if any(name in binding.replaced for binding in self.bindings):
+                kept[f"tensor/{name}"] = renamed(self.base.tensors[name], f"tensor/{name}")
+                continue
+            rows = sorted({row for binding in self.bindings for row in binding.rows.get(name, ())})
+            if rows:
+                kept |= original_rows(self.base.tensors[name], rows)
+        return kept
+
+    def check_not_merged_yet(self) -> None:
+        """Refuse to merge what the base's record says is in there."""
+        if self.allow_base_mismatch:
+            return
+        inside = {entry["fingerprint"]: entry["name"] for entry in merged_adapters(self.base_record)}
+        if not inside:
+            return
+        for adapter in self.adapters:
+            if adapter.fingerprint() in inside:
+                raise MismatchError(
+                    f"already has the adapter {adapter.label} in it",
+                    file=self.base.label,
+                    mend="--allow-base-mismatch merges it again",
+                )
+
+    def record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """Compose the provenance record, and refuse adapters that were taken from another base.
+
+        Raises:
+            MismatchError: by tensor, before anything is published.
+        """
+        draft = set(fingerprints.values()) == {provenance.PLACEHOLDER}
+        before = (
+            dict(fingerprints) if draft else {**fingerprints, **{n: t.fingerprint() for n, t in self.traced.items()}}
+        )
+        if not draft:
+            self._check_base(before)
+        lineage = (self.base_record or {}).get("tensors", {})
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, value in fingerprints.items():
+            tensors[name] = {"fingerprint": value}
+            origin = lineage.get(name, {}).get("base")
+            if name in self.traced or origin:
+                tensors[name]["base"] = origin or before[name]
+        combined = provenance.PLACEHOLDER if draft else provenance.combine(before)
+        return provenance.record(
+            "merge",
+            parameters={"coeff": list(self.coeffs)},
+            inputs=[
+                {"role": "base", "name": self.base.label, "fingerprint": combined},
+                *({"role": "adapter", "name": adapter.label} for adapter in self.adapters),
+            ],
+            tensors=tensors,
+            adapters=[*merged_adapters(self.base_record), *map(self._entry, range(len(self.adapters)))],
+        )
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        adapter, binding = self.adapters[number], self.bindings[number]
+        return {
+            "name": adapter.label,
+            "fingerprint": adapter.fingerprint(),
+            "coeff": self.coeffs[number],
+            "replaced": sorted(binding.replaced),
+            "rows": {name: len(rows) for name, rows in sorted(binding.rows.items())},
+        }
+
+    def _check_base(self, before: Mapping[str, str]) -> None:
+        if self.allow_base_mismatch:
+            return
+        lineage = (self.base_record or {}).get("tensors", {})
+        for adapter in self.adapters:
+            wrong = [
+                name for name, value in adapter.taken_from.items()
+                if name in before and value not in (before[name], lineage.get(name, {}).get("base"))
+            ]  # fmt: skip
+            if wrong:
+                raise MismatchError(
+                    f"is not the tensor that {adapter.label} was taken from ({len(wrong)} of "
+                    f"{len(adapter.taken_from)} differ)",
+                    file=self.base.label,
+                    tensor=wrong[0],
+                    mend="use the adapter's own base, or pass --allow-base-mismatch",
+                )
+
+
+def merged_adapters(record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """List the adapters that a record says were merged, oldest first."""
+    return list((record or {}).get("adapters", []))
+
+
+def take(tensor: LazyTensor, spec: TensorSpec, *, allow_nonfinite: bool = False) -> LazyTensor:
+    """Put ``tensor``'s values under ``spec``'s name and dtype: as bytes where the dtype is the same, rounded otherwise."""
+    named = renamed(tensor, spec.name)
+    if named.spec.dtype == spec.dtype:
+        return named
+    return Cast(named, spec.dtype, allow_nonfinite=allow_nonfinite)
+
+
+def original_rows(tensor: LazyTensor, rows: Sequence[int]) -> dict[str, LazyTensor]:
+    """Compose the two tensors that keep some rows of a weight: their numbers, and their values."""
+    import numpy as np
+
+    from surgery.tensor import BytesTensor
+
+    name, (_, width) = tensor.spec.name, tensor.spec.shape
+    numbers = np.asarray(rows, dtype=np.int64)
+    spec = TensorSpec(f"rows/{name}", "I64", (len(rows),))
+    return {
+        f"rows/{name}": BytesTensor(spec, numbers.tobytes()),
+        f"values/{name}": PickedRows(
+            tensor, tuple(rows), TensorSpec(f"values/{name}", tensor.spec.dtype, (len(rows), width))
+        ),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class PickedRows:
+    """Some rows of a matrix, in order."""
+
+    source: LazyTensor
+    rows: tuple[int, ...]
+    spec: TensorSpec
+    scratch: int = 0
+    resident: int = 0
+
+    @property
+    def unit(self) -> int:
+        """One row."""
+        return max(self.spec.shape[1], 1)
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read row by row."""
+        width, size = self.unit, self.spec.itemsize
+        for place, number in enumerate(range(start // width, stop // width)):
+            row = self.rows[number]
+            self.source.read_into(
+                row * width, (row + 1) * width, out[place * width * size : (place + 1) * width * size]
+            )

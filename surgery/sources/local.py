@@ -1,0 +1,348 @@
+"""Local checkpoints: which files make up the weights of a folder, and where each tensor lies in them.
+
+A reference is a file, or a folder with one weight set: a safetensors file, shards with an index, or the pickled
+twins of both. Everything that is ambiguous or incomplete is refused before a byte of data is read. A folder is
+trusted no further than itself: files linked from elsewhere are refused, except inside a Hugging Face cache, whose
+snapshots consist of links into the same cache's ``blobs/``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import FormatError, MismatchError, SurgeryError, UnsafeError, UsageError
+from surgery.formats import pickle, safetensors
+from surgery.names import unwrap
+from surgery.sources.files import FileTensor, OpenFile
+from surgery.tensor import BITS, LazyTensor, TensorSpec
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER_STEMS = ("adapter_model", "adapter")
+SIDE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab")
+SIDE_NAMES = ("LICENSE", "NOTICE", "merges", "vocab")
+SIDE_LIMIT = 200_000_000
+"""Side files above this size, in bytes, are taken for data, not for configuration."""
+OWN_FILES = ("surgery.json", "adapter_config.json")
+CONFIG_LIMIT = 50_000_000
+
+
+@dataclass
+class StoredWeights:
+    """The tensors of one checkpoint on disk."""
+
+    path: Path
+    """What the caller named, resolved: a folder or a file."""
+    label: str
+    """A short name for messages and records: never an absolute path."""
+    tensors: dict[str, LazyTensor]
+    shards: dict[str, str]
+    """Tensor name → the name of the file that holds it."""
+    files: list[OpenFile]
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that side files lie in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def check_unchanged(self) -> None:
+        """Refuse if any file changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self.files:
+            file.close()
+
+
+def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_links: bool = False) -> StoredWeights:
+    """Open a checkpoint's weights: headers are read and checked, data is not.
+
+    Args:
+        ref: a file or a folder.
+        adapter: look for an adapter's weights (``adapter_model.*``) in place of a model's.
+        follow_links: accept links that lead out of the folder.
+
+    Raises:
+        FormatError: nothing there, a malformed file, a missing shard, or an index that disagrees with its shards.
+        MismatchError: two weight sets in one folder.
+        UnsafeError: a link or an index entry that leads outside, or a pickle that would run code.
+    """
+    path = resolve(ref)
+    if path.is_dir():
+        return _open_folder(path, adapter=adapter, follow_links=follow_links)
+    stored = StoredWeights(path, _label(path), {}, {}, [])
+    _add_file(stored, path, path.name)
+    return stored
+
+
+def resolve(ref: str | os.PathLike[str]) -> Path:
+    """Turn a reference into an existing absolute path.
+
+    Raises:
+        UsageError: an empty reference, a scheme that this version does not read, or nothing there.
+    """
+    text = os.fspath(ref)
+    if not text or "\0" in text:
+        raise UsageError("the path is empty" if not text else "the path holds a NUL")
+    scheme = re.match(r"([a-z0-9]+)://", text)
+    if scheme:
+        raise UsageError(
+            f"{scheme[1]}:// references are not read yet", file=text, mend="download it and pass the folder"
+        )
+    path = Path(text).expanduser()
+    if not os.path.lexists(path):
+        hint = "surgery reads local paths: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else None
+        raise UsageError("no such file or folder", file=text, mend=hint)
+    return Path(os.path.realpath(path))
+
+
+def _label(path: Path) -> str:
+    """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of the path."""
+    cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
+    return cached[1].replace("--", "/") if cached else path.name
+
+
+def _open_folder(folder: Path, *, adapter: bool, follow_links: bool) -> StoredWeights:
+    members = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    stored = StoredWeights(folder, _label(folder), {}, {}, [])
+    index, singles = _weight_set(folder, members, adapter=adapter, notes=stored.notes)
+    if index is None:
+        for name in singles:
+            _add_file(stored, _inside(folder, name, follow_links), name)
+        return stored
+    weight_map = _read_index(_inside(folder, index, follow_links))
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
+    if missing:
+        raise FormatError(
+            f"{len(missing)} of its {len(shards)} shards are not there: {', '.join(missing[:5])}",
+            file=folder / index,
+            mend="fetch them, the download is incomplete",
+        )
+    for shard in shards:
+        _add_file(stored, _inside(folder, shard, follow_links), shard)
+    _check_index(folder / index, weight_map, stored.shards)
+    return stored
+
+
+def _weight_set(folder: Path, members: list[str], *, adapter: bool, notes: list[str]) -> tuple[str | None, list[str]]:
+    """Choose the one weight set of a folder: an index, or files without one."""
+
+    def wanted(name: str) -> bool:
+        return name.startswith(ADAPTER_STEMS) == adapter and not name.startswith(
+            ("optimizer", "training_args", "rng_state", "scheduler")
+        )
+
+    for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
+        files = [name for name in members if name.endswith(suffixes) and wanted(name)]
+        indexes = [
+            name for name in members if name.endswith(".index.json") and wanted(name)
+            and name.removesuffix(".index.json").endswith(suffixes)
+        ]  # fmt: skip
+        if not files and not indexes:
+            continue
+        others = [name for name in members if name.endswith(PICKLE_SUFFIXES) and wanted(name)]
+        if suffixes == (".safetensors",) and others:
+            notes.append(f"{others[0]} and other pickled weights were ignored in favour of safetensors")
+        return _one_set(folder, files, indexes)
+    kind = "adapter" if adapter else "model"
+    found = f"it holds {', '.join(members[:6])}" if members else "the folder is empty"
+    mend = "an adapter is passed after the base" if not adapter and "adapter_config.json" in members else None
+    raise FormatError(f"holds no {kind} weights (*.safetensors, *.bin); {found}", file=folder, mend=mend)
+
+
+def _one_set(folder: Path, files: list[str], indexes: list[str]) -> tuple[str | None, list[str]]:
+    numbered = [name for name in files if re.search(r"-\d{5}-of-\d{5}\.", name)]
+    singles = [name for name in files if name not in numbered]
+    if len(indexes) > 1:
+        raise MismatchError(f"holds several weight sets: {', '.join(indexes)}", file=folder, mend="pass one file")
+    if indexes:
+        stem = indexes[0].partition(".")[0]
+        twins = [name for name in singles if name.partition(".")[0] == stem]
+        if twins:
+            raise MismatchError(
+                f"holds two weight sets, {twins[0]} and {indexes[0]}", file=folder, mend="remove one, or pass the file"
+            )
+        return indexes[0], []
+    if numbered and not singles:
+        _check_numbering(folder, numbered)
+        return None, numbered
+    if len(singles) == 1 and not numbered:
+        return None, singles
+    preferred = [name for name in singles if name.partition(".")[0] in ("model", "pytorch_model", "adapter_model")]
+    if len(preferred) == 1 and not numbered:
+        return None, preferred
+    raise MismatchError(
+        f"holds several weight files and no index: {', '.join(files[:5])}", file=folder, mend="pass one file"
+    )
+
+
+def _check_numbering(folder: Path, names: list[str]) -> None:
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\..+", name) for name in names]
+    found = {(part[1], int(part[3])) for part in parts if part}
+    numbers = sorted(int(part[2]) for part in parts if part)
+    if len(found) != 1 or numbers != list(range(1, next(iter(found))[1] + 1)):
+        raise FormatError("its shards are not complete and there is no index", file=folder, mend="fetch them all again")
+
+
+def _inside(folder: Path, name: str, follow_links: bool) -> Path:
+    """Resolve a member of ``folder`` and refuse it where it leads outside."""
+    real = Path(os.path.realpath(folder / name))
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        repo = folder.parent.parent
+        homes += [repo / "blobs", repo.parent / "blobs"]
+    if not follow_links and not any(real.is_relative_to(home) for home in homes):
+        raise UnsafeError(
+            "is a link that leads out of its folder", file=folder / name, mend="--follow-links accepts it"
+        )
+    return real
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return safetensors.parse_index(read_small(path))
+    except SurgeryError as error:
+        raise error.at(file=path) from None
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], shards: Mapping[str, str]) -> None:
+    for name, shard in weight_map.items():
+        if shards.get(name) != shard:
+            where = f"it is in {shards[name]}" if name in shards else "no shard holds it"
+            raise FormatError(f"the index says it is in {shard}, {where}", file=index, tensor=name)
+    extra = shards.keys() - weight_map.keys()
+    if extra:
+        name = min(extra)
+        raise FormatError(f"is in {shards[name]} but not in the index", file=index, tensor=name)
+
+
+def _add_file(stored: StoredWeights, path: Path, shard: str) -> None:
+    """Open one weight file and add its tensors under the shard name it goes by."""
+    file = OpenFile(path)
+    stored.files.append(file)
+    try:
+        if shard.endswith(PICKLE_SUFFIXES):
+            found = _pickled(file, stored.notes)
+        else:
+            found = _safetensors(file, stored.metadata)
+    except SurgeryError as error:
+        raise error.at(file=stored.folder / shard) from None
+    for name, tensor in found.items():
+        if name in stored.tensors:
+            raise FormatError(f"is in {stored.shards[name]} and again in {shard}", file=stored.path, tensor=name)
+        stored.tensors[name] = tensor
+        stored.shards[name] = shard
+
+
+def _safetensors(file: OpenFile, metadata: dict[str, str]) -> dict[str, LazyTensor]:
+    length = safetensors.header_length(file.read(0, min(8, file.size)), file.size)
+    header = safetensors.parse_header(file.read(8, length), file.size)
+    metadata.update(header.metadata)
+    return {name: FileTensor(spec, file, header.offsets[name]) for name, spec in header.specs.items()}
+
+
+def _pickled(file: OpenFile, notes: list[str]) -> dict[str, LazyTensor]:
+    tree = pickle.read_tree(file.read, file.size)
+    found, more = unwrap(tree, lambda value: isinstance(value, pickle.StoredTensor))
+    notes += more
+    if not found:
+        raise FormatError("holds no tensors")
+    return {name: _pickled_tensor(name, value, file) for name, value in found.items()}
+
+
+def _pickled_tensor(name: str, value: pickle.StoredTensor, file: OpenFile) -> LazyTensor:
+    try:
+        safetensors.check_name(name)
+    except SurgeryError as error:
+        raise error.at(tensor=name) from None
+    spec = TensorSpec(name, value.dtype, value.shape)
+    if value.contiguous:
+        return FileTensor(spec, file, value.offset)
+    return StridedTensor(spec, file, value)
+
+
+@dataclass(frozen=True, slots=True)
+class StridedTensor:
+    """A transposed or expanded view of a pickled storage: read whole, and only then put in order."""
+
+    spec: TensorSpec
+    file: OpenFile
+    stored: pickle.StoredTensor
+    scratch: int = 0
+
+    @property
+    def unit(self) -> int:
+        """All of it at once: its bytes are scattered over the storage."""
+        return max(self.spec.numel, 1)
+
+    @property
+    def resident(self) -> int:
+        """The storage beside the result."""
+        low, high = self.stored.storage
+        return high - low + self.spec.numel * BITS[self.spec.dtype] // 8
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read the storage and gather the view's elements."""
+        low, high = self.stored.storage
+        ordered = pickle.gather(self.stored, self.file.read(low, high - low))
+        size = self.spec.itemsize
+        out[:] = memoryview(ordered)[start * size : stop * size]
+
+
+def read_small(path: Path) -> bytes:
+    """Read a configuration file whole, up to :data:`CONFIG_LIMIT` bytes."""
+    with OpenFile(path) as file:
+        if file.size > CONFIG_LIMIT:
+            raise FormatError(f"{file.size:,} bytes are too many for a configuration file", file=path)
+        return file.read(0, file.size)
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any] | None:
+    """Read a folder's JSON configuration; ``None`` where there is none.
+
+    Raises:
+        FormatError: it is not a JSON object.
+        UnsafeError: it is a link that leads out of the folder.
+    """
+    if not os.path.lexists(folder / name):
+        return None
+    try:
+        return safetensors.strict_object(read_small(_inside(folder, name, follow_links=False)))
+    except SurgeryError as error:
+        raise error.at(file=folder / name) from None
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """List the files that travel with a model's weights: configuration, tokenizer, custom code, pooling modules.
+
+    Never weights of the model itself, model cards, adapters' files or our own records. Numbered module folders of
+    sentence-transformers (``1_Pooling/``) travel whole.
+
+    Returns:
+        Path relative to ``folder`` → the real file.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+        if entry.is_dir() and re.fullmatch(r"\d+_\w+", entry.name):
+            for inner in sorted(os.scandir(entry.path), key=lambda item: item.name):
+                if inner.is_file():
+                    name = f"{entry.name}/{inner.name}"
+                    found[name] = _inside(folder, name, follow_links=False)
+        elif entry.is_file() and _is_side_file(entry.name) and entry.stat().st_size <= SIDE_LIMIT:
+            found[entry.name] = _inside(folder, entry.name, follow_links=False)
+    return found
+
+
+def _is_side_file(name: str) -> bool:
+    if name in OWN_FILES or name.startswith(".") or name.endswith(".index.json"):
+        return False
+    return name.endswith(SIDE_SUFFIXES) or name.startswith(SIDE_NAMES)

@@ -1,0 +1,354 @@
+"""Publishing: an output appears whole or not at all.
+
+Work happens in a sibling folder ``.NAME.surgery-tmp`` under a lock, is synced, and takes the output's name in one
+rename; an output that is being replaced trades places with it in one exchange. Whatever kills the process, the old
+output stays whole, and the next run on the same output clears the remains away.
+
+Where the system has no exchange, a replaced folder steps aside under ``.NAME.surgery-old`` first; a run that finds it
+without the output puts it back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from surgery.errors import IOFailure, OutputError, SurgeryError, UsageError
+from surgery.tensor import human_bytes
+
+_AT_FDCWD = -100
+_NO_REPLACE, _EXCHANGE = 1, 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+RECOGNISED = ("surgery.json", "config.json", "adapter_config.json", "model_index.json")
+"""Files that mark a folder as a model or adapter, which ``--overwrite`` may replace."""
+
+
+class Publication:
+    """One output in the making. Use as a context manager; nothing is published without :meth:`commit`."""
+
+    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+        """Check that ``out`` may be written.
+
+        Args:
+            out: a folder, or a file where it ends in ``.safetensors``.
+            overwrite: replace what is there.
+            inputs: resolved files and folders that must not be touched.
+
+        Raises:
+            UsageError: an empty path.
+            OutputError: it exists, or is, holds or lies in an input.
+        """
+        text = os.fspath(out)
+        if not text or "\0" in text:
+            raise UsageError("the output path is empty" if not text else "the output path holds a NUL")
+        self.out = Path(os.path.abspath(Path(text).expanduser()))
+        self.single = self.out.suffix == ".safetensors"
+        self.staging = self.out.with_name(f".{self.out.name}.surgery-tmp")
+        self._old = self.out.with_name(f".{self.out.name}.surgery-old")
+        self._lock = Lock(self.out.with_name(f".{self.out.name}.surgery-lock"), text)
+        self._overwrite = overwrite
+        self._made_parents: list[Path] = []
+        self._shown = text
+        if not self.out.name:
+            raise OutputError("a whole file system cannot be an output", file=text)
+        for source in inputs:
+            self._refuse_input(source)
+        self._refuse_existing()
+
+    def _refuse_input(self, source: Path) -> None:
+        real = Path(os.path.realpath(self.out))
+        if real == source or (os.path.exists(real) and os.path.samefile(real, source)):
+            raise OutputError("is an input of this run", file=self._shown, mend="write somewhere else")
+        if source.is_dir() and real.is_relative_to(source):
+            raise OutputError(f"lies inside the input {source.name}", file=self._shown, mend="write somewhere else")
+        if source.is_relative_to(real):
+            raise OutputError(f"holds the input {source.name}", file=self._shown, mend="write somewhere else")
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if not self._overwrite:
+            raise OutputError("exists already", file=self._shown, mend="choose another, or pass --overwrite")
+        if self.out.is_dir() == self.single:
+            kind = "folder" if self.out.is_dir() else "file"
+            raise OutputError(f"is a {kind}, and would be replaced by something else", file=self._shown)
+        if self.out.is_dir() and not _looks_like_ours(self.out):
+            raise OutputError(
+                "holds no model or adapter, so it is not overwritten", file=self._shown, mend="remove it by hand"
+            )
+
+    def __enter__(self) -> Self:
+        try:
+            self._make_parents()
+            self._lock.acquire()
+        except OSError as error:
+            self._remove_parents()
+            raise IOFailure(f"cannot be written: {error.strerror}", file=self._shown) from None
+        except SurgeryError:
+            self._remove_parents()
+            raise
+        try:
+            self._recover()
+            self._refuse_existing()
+            os.mkdir(self.staging, 0o777)
+        except OSError as error:
+            self._abandon()
+            raise IOFailure(f"cannot be written: {error.strerror}", file=self._shown) from None
+        except SurgeryError:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._abandon()
+
+    def _make_parents(self) -> None:
+        missing = [parent for parent in self.out.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made_parents.append(parent)
+
+    def _remove_parents(self) -> None:
+        for parent in reversed(self._made_parents):
+            try:
+                parent.rmdir()
+            except OSError:
+                return  # not empty: something was published in it
+
+    def _recover(self) -> None:
+        """Clear what a dead run on this output left; the lock says that no live one is at work."""
+        if os.path.lexists(self._old):
+            if os.path.lexists(self.out):
+                _remove(self._old)
+            else:
+                os.rename(self._old, self.out)
+        _remove(self.staging)
+
+    def _abandon(self) -> None:
+        _remove(self.staging)
+        self._lock.release()
+        self._remove_parents()
+
+    def check_space(self, needed: int) -> None:
+        """Refuse before the first byte if the disk has no room.
+
+        Raises:
+            OutputError: it has not.
+        """
+        free = shutil.disk_usage(self.staging).free
+        if needed > free:
+            raise OutputError(
+                f"needs {human_bytes(needed)}, the disk has {human_bytes(free)} free",
+                file=self._shown,
+                mend="free some",
+            )
+
+    def create(self, name: str, size: int) -> OutputFile:
+        """Create a file of ``size`` bytes to be written at any place."""
+        path = self.staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return OutputFile(path, size, self._shown)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        with self.create(name, len(data)) as file:
+            file.write_at(0, memoryview(data))
+
+    def overwrite_start(self, name: str, data: bytes) -> None:
+        """Replace the first bytes of a file that was written before."""
+        with open(self.staging / name, "r+b") as file:
+            file.write(data)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy a side file's bytes (not its times or its owner)."""
+        try:
+            data = source.read_bytes()
+        except OSError as error:
+            raise IOFailure(f"cannot be read: {error.strerror}", file=source) from None
+        self.write(name, data)
+
+    def commit(self) -> None:
+        """Sync everything and give it the output's name.
+
+        Raises:
+            IOFailure: the system failed; the old output is untouched.
+            OutputError: somebody created the output meanwhile.
+        """
+        try:
+            _sync_tree(self.staging)
+            made = self.staging / self.out.name if self.single else self.staging
+            self._publish(made)
+            _sync_folder(self.out.parent)
+        except OSError as error:
+            raise _write_error(error, self._shown) from None
+        self._made_parents.clear()
+
+    def _publish(self, made: Path) -> None:
+        if not os.path.lexists(self.out):
+            if _rename2(made, self.out, _NO_REPLACE):
+                return
+            if os.path.lexists(self.out):
+                raise OutputError("was created by somebody else meanwhile", file=self._shown)
+            os.rename(made, self.out)
+        elif not self._overwrite:
+            raise OutputError("was created by somebody else meanwhile", file=self._shown)
+        elif self.single:
+            os.replace(made, self.out)
+        elif not _rename2(made, self.out, _EXCHANGE):
+            os.rename(self.out, self._old)
+            os.rename(made, self.out)
+            _remove(self._old)
+
+
+class OutputFile:
+    """A file being written at any place, from any thread."""
+
+    def __init__(self, path: Path, size: int, shown: str) -> None:
+        self._shown = shown
+        try:
+            # The umask decides the mode, as for any other file the user makes.
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    os.close(self._descriptor)
+                    raise
+        except OSError as error:
+            raise _write_error(error, shown) from None
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``offset``."""
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done:], offset + done)
+        except OSError as error:
+            raise _write_error(error, self._shown) from None
+
+    def close(self) -> None:
+        """Close; what was written is synced at commit."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Lock:
+    """An advisory lock on one output: the kernel drops it when its process dies."""
+
+    def __init__(self, path: Path, shown: str) -> None:
+        self._path = path
+        self._shown = shown
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Take the lock, or refuse at once.
+
+        Raises:
+            OutputError: another run holds it.
+        """
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.read(descriptor, 64).decode("ascii", "replace").strip()
+                os.close(descriptor)
+                who = f" (process {holder})" if holder else ""
+                raise OutputError(f"another run is writing it{who}", file=self._shown, mend="wait for it") from None
+            # The holder may have removed the file between our open and our lock: then ours guards nothing.
+            try:
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Remove the file and drop the lock."""
+        if self._descriptor >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _looks_like_ours(folder: Path) -> bool:
+    names = os.listdir(folder)
+    if ".git" in names or Path.cwd().is_relative_to(folder):
+        return False
+    return not names or any(name in RECOGNISED or name.endswith((".safetensors", ".bin")) for name in names)
+
+
+def _write_error(error: OSError, shown: str) -> SurgeryError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError("the disk is full", file=shown, mend="free some space; nothing was published")
+    return IOFailure(f"cannot be written: {error.strerror}", file=shown, mend="nothing was published")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)  # a failed fsync is final: the pages may be marked clean, so never retry
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename2(source: Path, target: Path, flags: int) -> bool:
+    """Rename with flags; ``False`` where the system or file system has no such call."""
+    library = ctypes.CDLL(None, use_errno=True)
+    arguments: Sequence[object]
+    if sys.platform == "darwin":
+        function, arguments = library.renamex_np, (os.fsencode(source), os.fsencode(target), 4 if flags == 1 else 2)
+    elif hasattr(library, "renameat2"):
+        function = library.renameat2
+        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags)
+    else:
+        return False
+    if function(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    if code == errno.EEXIST:
+        raise OutputError("was created by somebody else meanwhile", file=target)
+    raise OSError(code, os.strerror(code))
