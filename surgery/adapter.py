@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import execute, numerics, provenance
-from surgery.checkpoint import Checkpoint, default_jobs, read_record
+from surgery.checkpoint import Checkpoint, default_jobs
 from surgery.delta import Dense, LowRank, Magnitude, Replacement, Rows, Update
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from surgery.formats import peft
+from surgery.history import read_record
 from surgery.names import align, module_of
 from surgery.roles import role_of, transposed_weights
 from surgery.sources import local

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import execute, provenance
-from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.plan import Plan, lay_out
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
@@ -34,7 +34,11 @@ class Origin:
 
     record: Record
     kept: Mapping[str, LazyTensor] = field(default_factory=dict)
-    """Tensors for ``.surgery/originals``: what a merge replaced."""
+    """Tensors for ``.surgery/originals``: what merges replaced."""
+    history: Any = None
+    """What will be merged into it once it is saved: a :class:`surgery.history.History`."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -195,7 +199,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_memory=max_memory,
             overwrite=overwrite,
             sources=self.stored,
-            copies={} if single else self.side_files,
+            files={} if single else origin.files,
+            copies={} if single else {n: path for n, path in self.side_files.items() if n not in origin.files},
             kept={} if single else origin.kept,
             progress=progress,
         )
@@ -253,28 +258,6 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     )
 
 
-def read_record(source: Source) -> dict[str, Any] | None:
-    """Read the provenance record of a saved checkpoint or adapter; ``None`` where there is none.
-
-    Raises:
-        FormatError: it is malformed or of a later version.
-    """
-    if isinstance(source, Mapping):
-        return None
-    path = local.resolve(source)
-    try:
-        if path.is_dir():
-            document = local.read_config(path, provenance.RECORD)
-        else:
-            text = local.open_weights(path).metadata.get(provenance.METADATA_KEY)
-            document = None if text is None else local.safetensors.strict_object(text.encode())
-        if document is not None:
-            provenance.check_schema(document)
-    except SurgeryError as error:
-        raise error.at(file=path) from None
-    return document
-
-
 _QUANTISED_MARKS = (
     ("weight_scale_inv", "FP8 blocks with scales"), ("weight_scale", "quantised weights with scales"),
     ("SCB", "bitsandbytes int8"), ("quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
@@ -327,6 +310,3 @@ def require_arithmetic(checkpoint: Checkpoint, names: Sequence[str]) -> None:
             raise UnsupportedError(
                 f"is {spec.dtype}; surgery computes with {', '.join(ARITHMETIC)}", file=checkpoint.label, tensor=name
             )
-
-
-__all__ = ["Checkpoint", "FormatError", "Origin", "Source", "open_checkpoint", "read_record", "require_arithmetic"]

@@ -190,9 +190,11 @@ class Replacement:
 
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add ``coeff · (new − base)``."""
-        new = numerics.scratch("new", values.numel())
-        numerics.widen(self.new, start, start + values.numel(), new)
-        values.add_(new.sub_(base), alpha=self.coeff)
+        new = numerics.widen(self.new, start, start + values.numel(), numerics.scratch("new", values.numel()))
+        if self.coeff == 1.0:
+            values.sub_(base).add_(new)  # exactly ``new`` where nothing was added before
+        else:
+            values.add_(new.sub_(base), alpha=self.coeff)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,11 +222,19 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """``Δ = new − base`` on the rows ``indices`` of a ``(vocab, dim)`` weight; zero elsewhere."""
+    """``Δ = new − base`` on the rows ``indices`` of a ``(vocab, dim)`` weight; zero elsewhere.
+
+    Args:
+        indices: row numbers.
+        new: ``(len(indices), dim)``.
+        coeff: the adapter's coefficient.
+        absolute: put ``new`` there whatever other updates did to these rows: how an unmerge restores them.
+    """
 
     indices: tuple[int, ...]
     new: LazyTensor
     coeff: float = 1.0
+    absolute: bool = False
 
     @property
     def unit(self) -> int:
@@ -240,7 +250,8 @@ class Rows:
         """Read the rows, sorted by index."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         rows = numerics.load_wide(self.new)[order]
-        return LoadedRows(torch.tensor([self.indices[k] for k in order], dtype=torch.int64), rows, self.coeff)
+        indices = torch.tensor([self.indices[k] for k in order], dtype=torch.int64)
+        return LoadedRows(indices, rows, self.coeff, self.absolute)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,6 +261,7 @@ class LoadedRows:
     indices: torch.Tensor
     rows: torch.Tensor
     coeff: float
+    absolute: bool
 
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add the rows that lie in the range."""
@@ -257,8 +269,13 @@ class LoadedRows:
         first, matrix = start // width, values.view(-1, width)
         low, high = torch.searchsorted(self.indices, torch.tensor([first, first + matrix.shape[0]])).tolist()
         if low < high:
-            local = self.indices[low:high] - first
-            matrix.index_add_(0, local, self.rows[low:high] - base.view(-1, width)[local], alpha=self.coeff)
+            local, old = self.indices[low:high] - first, base.view(-1, width)
+            if self.absolute:
+                matrix[local] = self.rows[low:high]
+            elif self.coeff == 1.0:
+                matrix[local] = self.rows[low:high] + (matrix[local] - old[local])  # exactly the row where alone
+            else:
+                matrix.index_add_(0, local, self.rows[low:high] - old[local], alpha=self.coeff)
 
 
 class Applied:

@@ -38,6 +38,10 @@ class Progress(Protocol):
         """Be told that so many more are done; called from several threads."""
         ...
 
+    def shard(self, name: str, done: int, total: int) -> None:
+        """Be told that a file is finished, the ``done``-th of ``total``."""
+        ...
+
     def finish(self) -> None:
         """Be told that it is over."""
         ...
@@ -50,6 +54,9 @@ class Silent:
         """Ignore."""
 
     def advance(self, nbytes: int) -> None:
+        """Ignore."""
+
+    def shard(self, name: str, done: int, total: int) -> None:
         """Ignore."""
 
     def finish(self) -> None:
@@ -110,6 +117,7 @@ def _run_jobs(
     progress: Progress,
 ) -> None:
     stop = threading.Event()
+    shards = _Shards(plan, progress)
 
     def work(job: Job) -> None:
         for piece in job.pieces:
@@ -119,6 +127,7 @@ def _run_jobs(
             spec = tensors[piece.tensor].spec
             low, high = byte_range(spec, piece.start, piece.stop)
             progress.advance(high - low)
+        shards.job_done(job)
 
     with ThreadPoolExecutor(plan.workers, thread_name_prefix="surgery") as pool, _torch_on_one_thread():
         futures: list[Future[None]] = [pool.submit(work, job) for job in plan.jobs]
@@ -131,6 +140,27 @@ def _run_jobs(
             for future in futures:
                 future.cancel()
             raise
+
+
+class _Shards:
+    """Counts the jobs that each file still waits for."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._left = [sum(job.file == number for job in plan.jobs) for number in range(len(plan.files))]
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def job_done(self, job: Job) -> None:
+        """Tell the watcher when a file's last job is done."""
+        with self._lock:
+            self._left[job.file] -= 1
+            if self._left[job.file]:
+                return
+            self._done += 1
+            done = self._done
+        self._progress.shard(self._plan.files[job.file].name, done, len(self._plan.files))
 
 
 def _write_piece(piece: Piece, tensor: LazyTensor, output: OutputFile, file: FileLayout, digests: BlockDigests) -> None:

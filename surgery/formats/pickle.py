@@ -32,8 +32,12 @@ Read = Callable[[int, int], bytes]
 
 PICKLE_LIMIT = 100_000_000
 """Largest ``data.pkl``, and largest zip directory, in bytes: what safetensors allows its header."""
-STEP_LIMIT = 4_000_000
-"""Most opcodes of a pickle, and most nodes of the tree it makes. A tensor takes about 25 opcodes."""
+STEP_LIMIT = 3_200_000
+"""Most opcodes of a pickle: enough for 100,000 tensors at some 30 each."""
+PART_LIMIT = 1_000_000
+"""Most parts of the tree that a pickle makes, counted each time where a part is shared."""
+ENTRY_LIMIT = 500_000
+"""Most zip entries: one a storage, and as many as a safetensors file may hold tensors."""
 DEPTH_LIMIT = 64
 DIMENSION_LIMIT = 32
 SIZE_LIMIT = 2**63 - 1
@@ -125,7 +129,8 @@ def gather(tensor: StoredTensor, storage: bytes | memoryview) -> bytes:
         f"u{width}",
         storage,
         tensor.offset - tensor.storage[0],
-        tuple(stride * width for stride in tensor.strides),
+        # The stride of a dimension of one element is never used, and may be anything.
+        tuple(0 if size == 1 else stride * width for size, stride in zip(tensor.shape, tensor.strides, strict=True)),
     )
     return view.tobytes()
 
@@ -178,9 +183,8 @@ def _check_kind(head: bytes) -> None:
 def _archive(read: Read, size: int) -> dict[str, _Span]:
     """Map each entry's name in lower case, which is how torch looks names up, to its data."""
     start, length, count = _directory(read, size)
-    listed = list(_central(_exactly(read, start, length), count))
     named: dict[str, _Entry] = {}
-    for entry in listed:
+    for entry in _central(_exactly(read, start, length), count):
         try:
             name = entry.name.decode("utf-8").lower()
         except UnicodeDecodeError:
@@ -188,7 +192,8 @@ def _archive(read: Read, size: int) -> dict[str, _Span]:
         if name in named:
             raise FormatError(f"the zip name {name!r:.80} stands twice")
         named[name] = entry
-    _refuse_torchscript(named)
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in named):
+        raise UnsafeError("a TorchScript archive, which holds code and not a state dict", mend=SANDBOX)
     spans, end = {}, 0
     for name, entry in sorted(named.items(), key=lambda pair: pair[1].offset):
         _check_stored(name, entry)
@@ -221,8 +226,8 @@ def _directory(read: Read, size: int) -> tuple[int, int, int]:
         disk, first, here, count, length, start = wide
     if disk or first or here != count or start + length != end:
         raise FormatError("the zip directory does not lie at the end of one file", mend=INCOMPLETE)
-    if length > PICKLE_LIMIT:
-        raise FormatError(f"the zip directory has {length:,} bytes, beyond the limit of {PICKLE_LIMIT:,}")
+    if length > PICKLE_LIMIT or count > ENTRY_LIMIT:
+        raise FormatError(f"a zip directory of {length:,} bytes and {count:,} entries exceeds the limits")
     return start, length, count
 
 
@@ -258,14 +263,6 @@ def _widened(fields: tuple[int, ...], extra: bytes) -> list[int]:
     raise FormatError("a zip entry lacks its zip64 sizes")
 
 
-def _refuse_torchscript(names: Mapping[str, _Entry]) -> None:
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        raise UnsafeError(
-            "a TorchScript archive, which holds code and not a state dict",
-            mend="load it in a sandbox and save its state_dict() as safetensors",
-        )
-
-
 def _check_stored(name: str, entry: _Entry) -> None:
     if entry.method:
         raise FormatError(
@@ -289,11 +286,11 @@ def _data_start(read: Read, name: str, entry: _Entry, limit: int) -> int:
     if _FULL32 in local and entry.offset + length + extra <= limit:
         local = _widened((size, stored), _exactly(read, entry.offset + length, extra))
     # A streamed entry's sizes and checksum follow its data: its local header holds zeros.
-    told = [crc, *local] in ([entry.crc, entry.size, entry.stored], [0, 0, 0] if flags & _STREAMED else None)
+    told = [crc, *local] == [entry.crc, entry.size, entry.size] or (flags & _STREAMED and not any([crc, *local]))
     same = (signature, flags, method, named) == (b"PK\x03\x04", entry.flags, entry.method, len(entry.name))
     if not (told and same and raw[30:] == entry.name):
         raise FormatError(f"the zip entry {name!r:.80} is described in two ways", mend="fetch it again, it is damaged")
-    return entry.offset + length + extra
+    return entry.offset + length + int(extra)
 
 
 def _folder(entries: Mapping[str, _Span]) -> str:
@@ -308,9 +305,7 @@ def _check_byteorder(read: Read, span: _Span | None) -> None:
         return
     order = _exactly(read, span[0], min(span[1] - span[0], 16))
     if order != b"little":
-        raise FormatError(
-            f"the byte order is {order!r}, only b'little' can be read", mend="save it again on x86 or ARM"
-        )
+        raise FormatError(f"the byte order is {order!r}, not little", mend="save it again on x86 or ARM")
 
 
 # The machine.
@@ -376,12 +371,10 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Return the one value that the pickle leaves."""
         if self.code[:1] != b"\x80":
             raise FormatError("data.pkl does not start as a pickle of protocol 2 or later")
-        for step, (opcode, argument, self.position) in enumerate(_opcodes(self.code)):
-            if step == STEP_LIMIT:
-                raise FormatError(f"data.pkl has more than {STEP_LIMIT:,} opcodes")
+        for opcode, argument, position in _opcodes(self.code):
+            self.position = position
             action = _ACTIONS.get(opcode)
             if action is None:
                 raise UnsafeError(f"data.pkl uses the opcode {opcode} at byte {self.position}", mend=SANDBOX)
@@ -391,26 +384,20 @@ class _Machine:
         return self.stack[0]
 
     def malformed(self, what: str) -> FormatError:
-        """Make the error for the opcode at hand."""
         return FormatError(f"data.pkl is malformed at byte {self.position}: {what}")
 
     def push(self, value: Any) -> None:
-        """Put a value on the stack."""
         self.stack.append(value)
 
-    def pop(self) -> Any:
-        """Take the top of the stack, never from below the last mark."""
-        self.top()
-        return self.stack.pop()
+    def floor(self) -> int:
+        return self.marks[-1] if self.marks else 0
 
     def top(self) -> Any:
-        """Look at the top of the stack, never below the last mark."""
-        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise self.malformed("nothing on the stack")
+        if len(self.stack) <= self.floor():
+            raise self.malformed("too little on the stack")
         return self.stack[-1]
 
     def marked(self) -> list[Any]:
-        """Take everything above the last mark, and the mark."""
         if not self.marks:
             raise self.malformed("no mark on the stack")
         floor = self.marks.pop()
@@ -419,33 +406,31 @@ class _Machine:
         return items
 
     def last(self, count: int) -> tuple[Any, ...]:
-        """Take the last ``count`` values, in the order in which they came."""
-        return tuple([self.pop() for _ in range(count)][::-1])
+        if len(self.stack) - count < self.floor():
+            raise self.malformed("too little on the stack")
+        items = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return items
 
     def protocol(self, version: int) -> None:
-        """Accept protocols 2 to 5, told once at the start."""
         if self.position or not 2 <= version <= 5:
             raise self.malformed(f"protocol {version}")
 
     def remember(self, index: int | None) -> None:
-        """Note the top of the stack under a number."""
         self.memo[len(self.memo) if index is None else index] = self.top()
 
     def recall(self, index: int) -> None:
-        """Push what was noted."""
         if index not in self.memo:
             raise self.malformed(f"memo {index} was never set")
         self.push(self.memo[index])
 
     def extend(self, items: list[Any]) -> None:
-        """Append to a list that the machine made."""
         target = self.top()
         if type(target) is not list:
             raise self.malformed("items for something that is no list")
         target.extend(items)
 
     def update(self, items: list[Any]) -> None:
-        """Set keys of a dict that the machine made: each one once, strings or small numbers."""
         target = self.top()
         if type(target) not in (dict, OrderedDict) or len(items) % 2:
             raise self.malformed("keys for something that is no dict")
@@ -457,13 +442,11 @@ class _Machine:
             target[key] = value
 
     def build(self) -> None:
-        """Drop the state of an OrderedDict: torch keeps ``_metadata`` there, which holds no tensor."""
-        self.pop()
+        self.last(1)  # the state, where torch keeps _metadata: no tensor in it
         if type(self.top()) is not OrderedDict:
             raise UnsafeError(f"data.pkl sets the state of an object at byte {self.position}", mend=SANDBOX)
 
     def named(self, pair: str) -> None:
-        """Push the global of a GLOBAL opcode."""
         # pickletools joins the two lines with a space, and resolves escapes that no unpickler resolves.
         raw = pair.replace(" ", "\n").encode("ascii") + b"\n"
         if not self.code.startswith(raw, self.position + 1):
@@ -472,25 +455,21 @@ class _Machine:
         self.symbol(module, name)
 
     def stacked(self) -> None:
-        """Push the global of a STACK_GLOBAL opcode."""
         module, name = self.last(2)
         if type(module) is not str or type(name) is not str:
             raise self.malformed("a global's name is not a string")
         self.symbol(module, name)
 
     def symbol(self, module: str, name: str) -> None:
-        """Push an allowed global; nothing is imported."""
         found = _GLOBALS.get((module, name))
         if found is None:
             raise self.refused(f"{module}.{name}")
         self.push(found)
 
     def refused(self, name: str) -> UnsafeError:
-        """Make the error for a global that is not on the list."""
         return UnsafeError(f"data.pkl calls for {name[:200]} at byte {self.position}", mend=SANDBOX)
 
     def reduce(self) -> None:
-        """Note a call to an allowed function; make an OrderedDict, the only thing that is filled later."""
         function, args = self.last(2)
         if type(function) is not _Symbol or function.role in ("storage", "dtype"):
             name = function.name if type(function) is _Symbol else f"a {type(function).__name__}"
@@ -500,11 +479,8 @@ class _Machine:
         self.push(OrderedDict() if function.role == "ordered" else _Call(function.role, args))
 
     def persistent(self) -> None:
-        """Push the storage that a persistent id names."""
-        match self.pop():
-            case ("storage", _Symbol(role="storage") as symbol, str(key), str(), int(numel)) if (
-                0 <= numel <= SIZE_LIMIT
-            ):
+        match self.last(1)[0]:
+            case ("storage", _Symbol(role="storage") as symbol, str(key), str(), int(numel)):
                 self.push(_Storage(symbol, key, numel))
             case _:
                 raise self.malformed("a persistent id that is no storage")
@@ -512,7 +488,9 @@ class _Machine:
 
 def _opcodes(code: bytes) -> Iterator[tuple[str, Any, int]]:
     try:
-        for opcode, argument, position in pickletools.genops(code):
+        for step, (opcode, argument, position) in enumerate(pickletools.genops(code)):
+            if step == STEP_LIMIT:
+                raise FormatError(f"data.pkl has more than {STEP_LIMIT:,} opcodes")
             yield opcode.name, argument, position or 0
     except ValueError as error:
         raise FormatError(f"data.pkl is malformed: {str(error)[:200]}") from None
@@ -520,8 +498,7 @@ def _opcodes(code: bytes) -> Iterator[tuple[str, Any, int]]:
 
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": _Machine.protocol,
-    "FRAME": lambda machine, _: None,
-    "STOP": lambda machine, _: None,
+    **dict.fromkeys(("FRAME", "STOP"), lambda *_: None),
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
@@ -535,7 +512,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE1": lambda machine, _: machine.push(machine.last(1)),
     "TUPLE2": lambda machine, _: machine.push(machine.last(2)),
     "TUPLE3": lambda machine, _: machine.push(machine.last(3)),
-    "APPEND": lambda machine, _: machine.extend([machine.pop()]),
+    "APPEND": lambda machine, _: machine.extend([*machine.last(1)]),
     "APPENDS": lambda machine, _: machine.extend(machine.marked()),
     "SETITEM": lambda machine, _: machine.update([*machine.last(2)]),
     "SETITEMS": lambda machine, _: machine.update(machine.marked()),
@@ -558,13 +535,14 @@ class _Resolver:
     def __init__(self, entries: Mapping[str, _Span], folder: str) -> None:
         self.entries = entries
         self.folder = folder
-        self.nodes = 0
+        self.parts = 0
 
     def value(self, value: Any, path: tuple[str, ...]) -> Any:
-        """Resolve a value and all below it. Shared parts are copied each time, hence the limit on nodes."""
-        self.nodes += 1
-        if self.nodes > STEP_LIMIT or len(path) > DEPTH_LIMIT:
-            raise FormatError(f"data.pkl nests deeper than {DEPTH_LIMIT}, or has over {STEP_LIMIT:,} parts")
+        self.parts += 1
+        if self.parts > PART_LIMIT:
+            raise FormatError(f"data.pkl unfolds into more than {PART_LIMIT:,} parts")
+        if len(path) > DEPTH_LIMIT:
+            raise FormatError(f"data.pkl nests deeper than {DEPTH_LIMIT}")
         if value is None or type(value) in (str, int, float, bool):
             return value
         if type(value) in (dict, OrderedDict):
@@ -579,7 +557,6 @@ class _Resolver:
             raise error.at(tensor=_dotted(path)) from None
 
     def mapping(self, value: dict[str | int, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        """Resolve a mapping; numbers become strings below the top level, where tensors' names are."""
         result: dict[str, Any] = {}
         for key, item in value.items():
             name = str(key)
@@ -589,7 +566,6 @@ class _Resolver:
         return result
 
     def leaf(self, value: Any) -> Any:
-        """Resolve a symbol or a call."""
         match value:
             case _Symbol(role="dtype"):
                 return value.name
@@ -604,9 +580,9 @@ class _Resolver:
         raise FormatError("neither a tensor nor plain data")
 
     def tensor(self, call: _Call) -> StoredTensor:
-        """Check a tensor's geometry against its storage."""
         match call.role, call.args:
-            case "v2", (_Storage(symbol=_Symbol(dtype=dtype)) as storage, int(offset), shape, strides, _, _, *more):
+            case "v2", (_Storage(symbol=_Symbol(dtype=dtype)) as storage, int(offset), shape, strides, _, _,
+                        *more) if dtype:  # fmt: skip
                 pass
             case "v3", (_Storage(symbol=_Symbol(dtype="")) as storage, int(offset), shape, strides, _, _,
                         _Symbol(role="dtype", dtype=dtype), *more):  # fmt: skip
@@ -616,14 +592,13 @@ class _Resolver:
         if len(more) > 1 or any(more):
             raise UnsupportedError("a conjugated or negated view", mend="save tensor.resolve_conj().resolve_neg()")
         if dtype not in BITS:
-            raise UnsupportedError(f"the dtype {dtype or 'of an untyped storage'} has no safetensors name")
+            raise UnsupportedError(f"the dtype {dtype} is none that surgery operates on")
         shape, strides, width = _sizes(shape), _sizes(strides), BITS[dtype] // 8
         low, high = self.storage(storage, width if storage.symbol.dtype else 1)
         start = _first(offset, shape, strides, (high - low) // width, width)
         return StoredTensor(dtype, shape, strides, low + start * width, (low, high))
 
     def storage(self, storage: _Storage, width: int) -> tuple[int, int]:
-        """Find a storage's bytes; the pickle and the archive must agree on how many they are."""
         name = f"{self.folder}data/{storage.key}"
         span = self.entries.get(name.lower())
         if span is None:

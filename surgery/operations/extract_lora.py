@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from surgery import execute, numerics, provenance
 from surgery.adapter import Adapter
+from surgery.algorithms.compare import SMALL_TABLE, RowMoments
 from surgery.algorithms.lowrank import residual_energy, truncated_svd
 from surgery.checkpoint import Checkpoint, Source, open_checkpoint, require_arithmetic
 from surgery.errors import MismatchError, NumericError, UsageError
@@ -26,12 +26,11 @@ from surgery.names import align, module_of, parse_patterns, parse_renames, selec
 from surgery.report import Table, join_shown, percent
 from surgery.roles import role_of, transposed_weights
 from surgery.sources.spool import Spool
-from surgery.tensor import LazyTensor, TensorSpec, human_bytes, human_count, renamed
+from surgery.tensor import LazyTensor, TensorSpec, human_bytes, renamed
+from surgery.writer import Publication
 
 ROWS_SHARE = 0.25
 """An embedding of which more than this share of rows was trained is not worth storing row by row."""
-SMALL_TABLE = 64
-"""Below this many rows no common shrink can be told from training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +185,14 @@ class Extraction:
         """Rank of one matrix: the rank asked for, clamped to what the matrix has."""
         side = min(self.base.tensors[name].spec.shape)
         return side if self.rank is None else min(self.rank, side)
+
+    def check_output(self, out: str | os.PathLike[str], *, overwrite: bool) -> None:
+        """Refuse an output that could not be written, before the work is done.
+
+        Raises:
+            OutputError: see :class:`surgery.writer.Publication`.
+        """
+        Publication(out, overwrite=overwrite, inputs=[s.path for s in (*self.base.stored, *self.tuned_stored)])
 
     def run(self, progress: execute.Progress | None = None) -> Adapter:
         """Read both models, factor, and compose the adapter.
@@ -510,15 +517,13 @@ class _Run:
     def _embedding(self, name: str) -> None:
         """Store the rows of an embedding that training moved further than the common shrink of weight decay."""
         base, tuned = self._pair(name)
-        stats = [
-            torch.stack([(w * w).sum(1), (w * d).sum(1), (d * d).sum(1)])
-            for _, old, delta in self._blocks(base, tuned)
-            for w, d in [(old.view(-1, base.spec.shape[1]), delta.view(-1, base.spec.shape[1]))]
-        ]
+        moments = RowMoments()
+        width = base.spec.shape[1]
+        for _, old, delta in self._blocks(base, tuned):
+            moments.update(old.view(-1, width), delta.view(-1, width))
         self._done(name, base, tuned)
-        weight, product, energy = torch.cat(stats, dim=1)
+        rows, shrink, energy = moments.trained(base.spec.dtype)
         total = float(energy.sum())
-        rows, shrink = trained_rows(weight, product, energy, base.spec.dtype)
         role = role_of(base.spec)
         if not total:
             self.rows.append(Row(name, role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
@@ -626,38 +631,6 @@ def _closed(modules: Sequence[str], all_modules: set[str]) -> set[str]:
     return {module for module in all_modules for entry in modules if module.endswith(entry)}
 
 
-def trained_rows(
-    weight: torch.Tensor, product: torch.Tensor, energy: torch.Tensor, dtype: str
-) -> tuple[torch.Tensor, float]:
-    r"""Tell the rows that training moved from those that weight decay shrank.
-
-    Decay multiplies every row by the same ``1 + c``, ``c < 0``; ``c`` is the median over rows of ``⟨δ, w⟩/⟨w, w⟩``. A row
-    was trained if what remains, ``‖δ − c·w‖``, exceeds both the shrink itself, ``|c|·‖w‖``, and rounding in ``dtype``.
-
-    Args:
-        weight: ``(rows,)``, ``⟨w, w⟩``.
-        product: ``(rows,)``, ``⟨w, δ⟩``.
-        energy: ``(rows,)``, ``⟨δ, δ⟩``.
-        dtype: the checkpoint's, whose rounding bounds what can be seen.
-
-    Returns:
-        Row numbers, ascending, and ``c`` (0 where no common shrink is seen).
-
-    >>> w = torch.ones(100); d = -1e-4 * w; d[7] = 0.5
-    >>> rows, shrink = trained_rows(w, d, d * d, "F32")
-    >>> rows.tolist(), round(shrink, 6)
-    ([7], -0.0001)
-    """
-    shrink = 0.0
-    if len(weight) >= SMALL_TABLE:
-        shrink = float((product / weight.clamp_min(torch.finfo(torch.float64).tiny)).median())
-    rest = (energy - 2 * shrink * product + shrink * shrink * weight).clamp_min(0)
-    rounding = torch.finfo(numerics.DTYPES[dtype]).eps
-    bound = max(abs(shrink), rounding if shrink else 0.0)
-    moved = rest > (bound * bound) * weight
-    return torch.from_numpy(np.flatnonzero(moved.numpy())), shrink
-
-
 def card(plan: Extraction, report: ExtractionReport, document: Mapping[str, Any]) -> bytes:
     """Write the adapter's README: metadata, how good it is, and how to load it."""
     kept, following = report.kept_by_lora
@@ -711,6 +684,3 @@ def summary(report: ExtractionReport) -> str:
     return (
         f"rank {rank} keeps {percent(kept)} of the factored weights' ‖Δ‖²; {2 * rank} would keep {percent(following)}"
     )
-
-
-__all__ = ["Extraction", "ExtractionReport", "extract_lora", "human_count", "plan_extraction", "trained_rows"]

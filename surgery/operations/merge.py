@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, is_adapter, open_adapter
-from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, read_record, require_arithmetic
+from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Cast, Replacement, Update
 from surgery.errors import MismatchError, UsageError
-from surgery.tensor import LazyTensor, TensorSpec, renamed
+from surgery.history import History, history_of
+from surgery.tensor import BytesTensor, LazyTensor, TensorSpec, renamed
 
 AdapterSource = str | os.PathLike[str] | Adapter
 
@@ -66,8 +69,7 @@ def merge(
         bind(adapter, checkpoint, coeff=c, name_map=name_map, allow_incomplete=allow_incomplete)
         for adapter, c in zip(opened, coeffs, strict=True)
     ]
-    work = Work(checkpoint, None if isinstance(base, Mapping) else read_record(base), opened, coeffs, bindings)
-    work.allow_base_mismatch = allow_base_mismatch
+    work = Work(checkpoint, history_of(checkpoint), opened, coeffs, bindings, allow_base_mismatch)
     work.check_not_merged_yet()
     require_arithmetic(checkpoint, sorted(work.touched))
     tensors = {name: work.output(name, allow_nonfinite) for name in checkpoint.tensors}
@@ -75,12 +77,12 @@ def merge(
     return Checkpoint(
         tensors,
         label=f"{checkpoint.label} + {' + '.join(adapter.label for adapter in opened)}",
-        stored=[*checkpoint.stored, *(stored for adapter in opened for stored in adapter.stored)],
+        stored=[*checkpoint.stored, *work.history.stored, *(stored for adapter in opened for stored in adapter.stored)],
         shards=checkpoint.shards,
         config=checkpoint.config,
         side_files=checkpoint.side_files,
         notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
-        origin=Origin(work.record, kept=work.originals(), counts=counts),
+        origin=Origin(work.record, kept=work.originals(), counts=counts, history=work.future()),
     )
 
 
@@ -113,25 +115,30 @@ def _refuse_checkpoint(source: AdapterSource) -> None:
     )
 
 
-@dataclass
 class Work:
     """One merge: what it touches, and what its record will say."""
 
-    base: Checkpoint
-    base_record: Mapping[str, Any] | None
-    adapters: Sequence[Adapter]
-    coeffs: Sequence[float]
-    bindings: Sequence[Binding]
-    allow_base_mismatch: bool = False
-    traced: dict[str, provenance.Traced] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Collect the updates of every weight and trace the weights they touch."""
+    def __init__(
+        self,
+        base: Checkpoint,
+        history: History,
+        adapters: Sequence[Adapter],
+        coeffs: Sequence[float],
+        bindings: Sequence[Binding],
+        allow_base_mismatch: bool,
+    ) -> None:
+        self.base = base
+        self.history = history
+        self.adapters = adapters
+        self.coeffs = coeffs
+        self.bindings = bindings
         self.updates: dict[str, list[Update]] = {}
-        for binding in self.bindings:
+        for binding in bindings:
             for name, updates in binding.updates.items():
                 self.updates.setdefault(name, []).extend(updates)
-        self.traced = {name: provenance.Traced(self.base.tensors[name]) for name in self.updates}
+        self.traced = {name: provenance.Traced(base.tensors[name]) for name in self.updates}
+        self._allow_base_mismatch = allow_base_mismatch
+        self._prints = [adapter.fingerprint() for adapter in adapters]
 
     @property
     def touched(self) -> set[str]:
@@ -151,25 +158,31 @@ class Work:
 
     def originals(self) -> dict[str, LazyTensor]:
         """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
-        kept: dict[str, LazyTensor] = {}
+        step = self.history.next_step
+        kept = dict(self.history.kept)
         for name in sorted(self.updates):
             if any(name in binding.replaced for binding in self.bindings):
-                kept[f"tensor/{name}"] = renamed(self.base.tensors[name], f"tensor/{name}")
+                kept[f"{step}/tensor/{name}"] = renamed(self.base.tensors[name], f"{step}/tensor/{name}")
                 continue
             rows = sorted({row for binding in self.bindings for row in binding.rows.get(name, ())})
             if rows:
-                kept |= original_rows(self.base.tensors[name], rows)
+                kept |= original_rows(self.base.tensors[name], rows, step)
         return kept
 
+    def future(self) -> History:
+        """Return the history that the merged checkpoint will have."""
+        prints = {name: self.history.base_prints[name] for name in self.history.base_prints}
+        return History(True, self._entries(), prints, {}, self.originals(), self.history.stored)
+
     def check_not_merged_yet(self) -> None:
-        """Refuse to merge what the base's record says is in there."""
-        if self.allow_base_mismatch:
-            return
-        inside = {entry["fingerprint"]: entry["name"] for entry in merged_adapters(self.base_record)}
-        if not inside:
-            return
-        for adapter in self.adapters:
-            if adapter.fingerprint() in inside:
+        """Refuse to merge what the base's record says is in there.
+
+        Raises:
+            MismatchError: it is.
+        """
+        inside = {entry["fingerprint"] for entry in self.history.adapters}
+        for adapter, fingerprint in zip(self.adapters, self._prints, strict=True):
+            if fingerprint in inside and not self._allow_base_mismatch:
                 raise MismatchError(
                     f"already has the adapter {adapter.label} in it",
                     file=self.base.label,
@@ -182,49 +195,56 @@ class Work:
         Raises:
             MismatchError: by tensor, before anything is published.
         """
-        draft = set(fingerprints.values()) == {provenance.PLACEHOLDER}
-        before = (
-            dict(fingerprints) if draft else {**fingerprints, **{n: t.fingerprint() for n, t in self.traced.items()}}
-        )
+        draft = provenance.PLACEHOLDER in fingerprints.values()
+        before = {
+            **fingerprints,
+            **{n: provenance.PLACEHOLDER if draft else t.fingerprint() for n, t in self.traced.items()},
+        }
         if not draft:
             self._check_base(before)
-        lineage = (self.base_record or {}).get("tensors", {})
         tensors: dict[str, dict[str, Any]] = {}
         for name, value in fingerprints.items():
             tensors[name] = {"fingerprint": value}
-            origin = lineage.get(name, {}).get("base")
-            if name in self.traced or origin:
-                tensors[name]["base"] = origin or before[name]
+            if name in self.traced or name in self.history.base_prints:
+                tensors[name]["base"] = self.history.base_prints.get(name, before[name])
         combined = provenance.PLACEHOLDER if draft else provenance.combine(before)
         return provenance.record(
             "merge",
             parameters={"coeff": list(self.coeffs)},
             inputs=[
                 {"role": "base", "name": self.base.label, "fingerprint": combined},
-                *({"role": "adapter", "name": adapter.label} for adapter in self.adapters),
+                *(
+                    {"role": "adapter", "name": adapter.label, "fingerprint": value}
+                    for adapter, value in zip(self.adapters, self._prints, strict=True)
+                ),
             ],
             tensors=tensors,
-            adapters=[*merged_adapters(self.base_record), *map(self._entry, range(len(self.adapters)))],
+            adapters=self._entries(),
         )
 
-    def _entry(self, number: int) -> dict[str, Any]:
-        adapter, binding = self.adapters[number], self.bindings[number]
-        return {
-            "name": adapter.label,
-            "fingerprint": adapter.fingerprint(),
-            "coeff": self.coeffs[number],
-            "replaced": sorted(binding.replaced),
-            "rows": {name: len(rows) for name, rows in sorted(binding.rows.items())},
-        }
+    def _entries(self) -> list[dict[str, Any]]:
+        step = self.history.next_step
+        return self.history.adapters + [
+            {
+                "name": adapter.label,
+                "fingerprint": value,
+                "coeff": coeff,
+                "step": step,
+                "replaced": sorted({*binding.replaced, *binding.rows}),
+                "touched": sorted(binding.updates),
+            }
+            for adapter, value, coeff, binding in zip(
+                self.adapters, self._prints, self.coeffs, self.bindings, strict=True
+            )
+        ]
 
     def _check_base(self, before: Mapping[str, str]) -> None:
-        if self.allow_base_mismatch:
+        if self._allow_base_mismatch:
             return
-        lineage = (self.base_record or {}).get("tensors", {})
         for adapter in self.adapters:
             wrong = [
                 name for name, value in adapter.taken_from.items()
-                if name in before and value not in (before[name], lineage.get(name, {}).get("base"))
+                if name in before and value not in (before[name], self.history.base_prints.get(name))
             ]  # fmt: skip
             if wrong:
                 raise MismatchError(
@@ -236,11 +256,6 @@ class Work:
                 )
 
 
-def merged_adapters(record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """List the adapters that a record says were merged, oldest first."""
-    return list((record or {}).get("adapters", []))
-
-
 def take(tensor: LazyTensor, spec: TensorSpec, *, allow_nonfinite: bool = False) -> LazyTensor:
     """Put ``tensor``'s values under ``spec``'s name and dtype: as bytes where the dtype is the same, rounded otherwise."""
     named = renamed(tensor, spec.name)
@@ -249,20 +264,14 @@ def take(tensor: LazyTensor, spec: TensorSpec, *, allow_nonfinite: bool = False)
     return Cast(named, spec.dtype, allow_nonfinite=allow_nonfinite)
 
 
-def original_rows(tensor: LazyTensor, rows: Sequence[int]) -> dict[str, LazyTensor]:
+def original_rows(tensor: LazyTensor, rows: Sequence[int], step: int) -> dict[str, LazyTensor]:
     """Compose the two tensors that keep some rows of a weight: their numbers, and their values."""
-    import numpy as np
-
-    from surgery.tensor import BytesTensor
-
     name, (_, width) = tensor.spec.name, tensor.spec.shape
-    numbers = np.asarray(rows, dtype=np.int64)
-    spec = TensorSpec(f"rows/{name}", "I64", (len(rows),))
+    numbers = TensorSpec(f"{step}/rows/{name}", "I64", (len(rows),))
+    values = TensorSpec(f"{step}/values/{name}", tensor.spec.dtype, (len(rows), width))
     return {
-        f"rows/{name}": BytesTensor(spec, numbers.tobytes()),
-        f"values/{name}": PickedRows(
-            tensor, tuple(rows), TensorSpec(f"values/{name}", tensor.spec.dtype, (len(rows), width))
-        ),
+        numbers.name: BytesTensor(numbers, np.asarray(rows, dtype=np.int64).tobytes()),
+        values.name: PickedRows(tensor, tuple(rows), values),
     }
 
 

@@ -79,7 +79,7 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
     if path.is_dir():
         return _open_folder(path, adapter=adapter, follow_links=follow_links)
     stored = StoredWeights(path, _label(path), {}, {}, [])
-    _add_file(stored, path, path.name)
+    add_file(stored, path, path.name)
     return stored
 
 
@@ -116,7 +116,7 @@ def _open_folder(folder: Path, *, adapter: bool, follow_links: bool) -> StoredWe
     index, singles = _weight_set(folder, members, adapter=adapter, notes=stored.notes)
     if index is None:
         for name in singles:
-            _add_file(stored, _inside(folder, name, follow_links), name)
+            add_file(stored, _inside(folder, name, follow_links), name)
         return stored
     weight_map = _read_index(_inside(folder, index, follow_links))
     shards = sorted(set(weight_map.values()))
@@ -128,7 +128,7 @@ def _open_folder(folder: Path, *, adapter: bool, follow_links: bool) -> StoredWe
             mend="fetch them, the download is incomplete",
         )
     for shard in shards:
-        _add_file(stored, _inside(folder, shard, follow_links), shard)
+        add_file(stored, _inside(folder, shard, follow_links), shard)
     _check_index(folder / index, weight_map, stored.shards)
     return stored
 
@@ -225,7 +225,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Mapping[str
         raise FormatError(f"is in {shards[name]} but not in the index", file=index, tensor=name)
 
 
-def _add_file(stored: StoredWeights, path: Path, shard: str) -> None:
+def add_file(stored: StoredWeights, path: Path, shard: str) -> None:
     """Open one weight file and add its tensors under the shard name it goes by."""
     file = OpenFile(path)
     stored.files.append(file)

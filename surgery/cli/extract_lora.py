@@ -1,0 +1,124 @@
+"""``surgery extract-lora``."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from surgery.cli import options, terminal
+from surgery.operations.extract_lora import default_output, plan_extraction, summary
+from surgery.report import join_shown, percent
+from surgery.tensor import human_bytes
+
+
+class Rank(click.ParamType):
+    """A rank: a whole number from 1, or ``full``."""
+
+    name = "rank"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Parse a rank."""
+        text = str(value)
+        if text == "full":
+            return text
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r} is not a rank: a whole number from 1, or 'full'", param, ctx)
+        return int(text)
+
+
+@click.command("extract-lora", short_help="Extract a LoRA adapter from a fine-tune and its base.")
+@click.argument("base", type=click.Path())
+@click.argument("ft", type=click.Path())
+@click.option(
+    "-r",
+    "--rank",
+    type=Rank(),
+    default=8,
+    show_default=True,
+    metavar="N|full",
+    help="Rank of every matrix, clamped to what it has.",
+)
+@click.option("-o", "--output", "out", type=click.Path(), help="The adapter's folder; ./<ft>-lora-r<rank> by default.")
+@click.option(
+    "--target",
+    multiple=True,
+    metavar="PATTERN",
+    help="Factor only what matches: q_proj, '*.attn.*', re:REGEX; repeatable.",
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches; repeatable.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["F32", "BF16", "F16"], case_sensitive=False),
+    help="Of the factors; the fine-tune's own by default.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to factor, as torch names it.")
+@click.option("--base-id", metavar="ORG/NAME", help="The base's Hub id, for the adapter's configuration.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For random starts.")
+@options.rename
+@options.overwrite
+@options.dry_run
+@options.common
+def command(
+    base: str, ft: str, rank: int | str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...], dtype: str | None,
+    device: str, base_id: str | None, seed: int, rename: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool,
+    quiet: bool, debug: bool, progress: str,
+) -> None:  # fmt: skip
+    """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
+
+    Every linear weight's difference is factored to the given rank; biases, norms and trained embedding rows are stored
+    exactly; whatever an adapter cannot hold is listed with its share of the change.
+
+    \b
+      surgery extract-lora base ft --rank 16
+      surgery extract-lora base ft --rank 64 --target q_proj,v_proj -o adapter
+    """
+    out = out or default_output(ft, rank)
+    extraction = plan_extraction(
+        base, ft, rank=rank, target=target, exclude=exclude, dtype=dtype.upper() if dtype else None, device=device,  # type: ignore[arg-type]
+        rename=rename, base_id=base_id, seed=seed,
+    )  # fmt: skip
+    if dry_run:
+        _print_plan(extraction, out, as_json)
+        return
+    extraction.check_output(out, overwrite=overwrite)
+    began = time.monotonic()
+    adapter = extraction.run(terminal.watcher(progress, quiet=quiet, what="extract"))
+    adapter.save(out, overwrite=overwrite)
+    report = adapter.report
+    if as_json:
+        terminal.document({"schema": "surgery.extract-lora/1", "out": out, "bytes": adapter.nbytes,
+                           "seconds": round(time.monotonic() - began, 3), **report.document(), "notes": list(report.notes)})  # fmt: skip
+    elif quiet:
+        click.echo(out)
+    else:
+        terminal.table(report.table())
+        click.echo()
+        click.echo(f"{summary(report)}")
+        click.echo(f"wrote {out} ({human_bytes(adapter.nbytes)}) in {time.monotonic() - began:.1f} s")
+        left = [row for row in report.rows if row.how == "left out"]
+        if left:
+            share = sum(row.energy for row in left) / report.energy
+            terminal.say(
+                f"note: left out, {percent(share)} of ‖Δ‖²: {join_shown([f'{r.name} ({r.why})' for r in left])}"
+            )
+        terminal.notes(report.notes)
+
+
+def _print_plan(extraction: object, out: str, as_json: bool) -> None:
+    from surgery.operations.extract_lora import Extraction
+
+    assert isinstance(extraction, Extraction)
+    counts = {"factor": len(extraction.matrices), "compare in full": len(extraction.full),
+              "examine row by row": len(extraction.embeddings), "leave out": len(extraction.left_out)}  # fmt: skip
+    if as_json:
+        terminal.document({"schema": "surgery.plan/1", "operation": "extract-lora", "out": out, "tensors": counts,
+                           "bytes_read": extraction.bytes_read, "bytes_written": extraction.bytes_written,
+                           "peak_memory": extraction.peak_memory, "notes": extraction.notes})  # fmt: skip
+        return
+    terminal.facts([
+        ("would", ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count) + " tensors"),
+        ("read", human_bytes(extraction.bytes_read)), ("write", f"{human_bytes(extraction.bytes_written)} of factors to {out}"),
+        ("memory", f"at most {human_bytes(extraction.peak_memory)}"),
+    ])  # fmt: skip
+    terminal.notes(extraction.notes)

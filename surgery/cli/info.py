@@ -1,0 +1,35 @@
+"""``surgery info``."""
+
+from __future__ import annotations
+
+import click
+
+from surgery.cli import options, terminal
+from surgery.operations.info import info
+
+
+@click.command("info", short_help="Show what a checkpoint holds, from its headers alone.")
+@click.argument("checkpoint", type=click.Path())
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@options.common
+def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool, debug: bool, progress: str) -> None:
+    """Show what CHECKPOINT holds: tensors, dtypes, shapes, parameters, bytes.
+
+    Only headers and config.json are read, whatever the size.
+
+    \b
+      surgery info ./Qwen2.5-1.5B
+      surgery info model.safetensors --tensors
+    """
+    found = info(checkpoint)
+    if as_json:
+        terminal.document(found.document(tensors=tensors))
+        return
+    if quiet:
+        click.echo(str(found.parameters))
+        return
+    click.echo(found.label)
+    terminal.facts(found.facts())
+    click.echo()
+    terminal.table(found.all_tensors() if tensors else found.by_role())
+    terminal.notes(found.notes)

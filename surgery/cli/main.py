@@ -1,0 +1,136 @@
+"""The command group, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from surgery import __version__
+from surgery.errors import SurgeryError, printable
+
+COMMANDS = {
+    "info": "Show what a checkpoint holds, from its headers alone.",
+    "diff": "Compare two checkpoints, and say how to ship the change.",
+    "extract-lora": "Extract a LoRA adapter from a fine-tune and its base.",
+    "merge": "Merge adapters into a base.",
+    "unmerge": "Take an adapter out of a merged checkpoint again.",
+    "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
+    "verify": "Check a checkpoint or adapter against its own record.",
+}
+"""Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
+
+INTERNAL_ERROR, INTERRUPTED, TERMINATED = 70, 130, 143
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands in the order people meet them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"surgery.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which ones are near."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0].replace("_", "-"), COMMANDS, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="surgery")
+def surgery() -> None:
+    """Operate directly on model checkpoints.
+
+    Diff fine-tuned against base checkpoints, extract LoRA adapters, merge and unmerge them: on files of any size, with
+    bounded memory, on any architecture.
+
+    \b
+      surgery diff base ft                      what changed, and how to ship it
+      surgery extract-lora base ft --rank 8     a LoRA adapter that PEFT loads
+      surgery merge base ft-lora-r8 -o merged   the adapter in the weights
+      surgery unmerge merged ft-lora-r8 -o base2
+
+    A checkpoint is a folder, a .safetensors, .bin or .pt file. Results go to stdout, talk to stderr.
+
+    Exit codes: 0 done, 1 differs (diff --exit-code), 2 usage, 3 malformed file, 4 inputs that do not belong together,
+    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 10 verification failed, 70 a bug,
+    130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = surgery.main(list(arguments), prog_name="surgery", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place where every error ends
+        if debug and not isinstance(error, click.exceptions.Exit):
+            traceback.print_exc()
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """Print one line about an error and return its exit code."""
+    if isinstance(error, SurgeryError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "surgery"
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        return _say(f"{printable(message)} (see {command} --help)", 2)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return _say("interrupted: nothing was published; the same command starts again", INTERRUPTED)
+    if isinstance(error, MemoryError):
+        return _say("the system has no more memory; try fewer --jobs", 8)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{error.strerror or error}", 8)
+    kind = type(error).__name__
+    return _say(
+        f"internal error: {kind}: {error}; this is a bug: please report it with what --debug prints", INTERNAL_ERROR
+    )
+
+
+def _say(line: str, code: int) -> int:
+    click.echo(f"surgery: error: {printable(line)}", err=True)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(TERMINATED)  # unwinds, so that the staging folder is cleared away

@@ -1,0 +1,54 @@
+"""What all commands that write a checkpoint do after their one call: print the plan, or save and say what was done."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from surgery.checkpoint import Checkpoint
+from surgery.cli import terminal
+from surgery.tensor import human_bytes
+
+
+def write(
+    checkpoint: Checkpoint,
+    out: str,
+    verb: str,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    max_shard_size: int | None,
+    jobs: int | None,
+    max_memory: int | None,
+    as_json: bool,
+    quiet: bool,
+    progress: str,
+) -> None:
+    """Save a lazy checkpoint and report, or print its plan."""
+    plan = checkpoint.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+    if dry_run:
+        terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
+        return
+    began = time.monotonic()
+    record = checkpoint.save(
+        out, overwrite=overwrite, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
+        progress=terminal.watcher(progress, quiet=quiet, what=verb),
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    if as_json:
+        head = {key: value for key, value in record.items() if key not in ("schema", "tensors")}
+        terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": plan.bytes_written,
+                           "seconds": round(seconds, 3), "notes": checkpoint.notes, **head})  # fmt: skip
+    elif quiet:
+        click.echo(out)
+    else:
+        done = ", ".join(f"{count:,} {kind}" for kind, count in plan.counts.items() if count)
+        files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
+        click.echo(f"wrote {out} ({human_bytes(plan.bytes_written)} in {files}; tensors: {done}) in {seconds:.1f} s")
+        restored = record.get("restored")
+        if restored:
+            click.echo(
+                f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
+            )
+        terminal.notes(checkpoint.notes)

@@ -1,0 +1,152 @@
+"""``info``: what a checkpoint holds, from headers and configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.checkpoint import Checkpoint, Source, open_checkpoint
+from surgery.report import Table
+from surgery.roles import layer_of, role_of
+from surgery.tensor import TensorSpec, human_bytes, human_count
+
+_CONFIG_FACTS = (
+    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_experts", "num_local_experts", "vocab_size", "max_position_embeddings",
+    "tie_word_embeddings", "torch_dtype", "dtype", "quantization_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Info:
+    """Facts about a checkpoint."""
+
+    label: str
+    specs: tuple[TensorSpec, ...]
+    files: Mapping[str, int]
+    """Weight file → number of tensors in it."""
+    config: Mapping[str, Any] | None
+    notes: Sequence[str]
+
+    @property
+    def rows(self) -> tuple[TensorSpec, ...]:
+        """Every tensor's spec, in the order of the files."""
+        return self.specs
+
+    @property
+    def parameters(self) -> int:
+        """Floating-point elements."""
+        return sum(spec.numel for spec in self.specs if spec.dtype[0] in "F" or spec.dtype == "BF16")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def by_role(self) -> Table:
+        """Count tensors by role."""
+        groups: dict[str, list[TensorSpec]] = {}
+        for spec in self.specs:
+            groups.setdefault(role_of(spec), []).append(spec)
+        ordered = sorted(groups.items(), key=lambda item: -sum(spec.numel for spec in item[1]))
+        rows = tuple(
+            (role, str(len(specs)), human_count(sum(s.numel for s in specs)), human_bytes(sum(s.nbytes for s in specs)),
+             _shapes(specs))
+            for role, specs in ordered
+        )  # fmt: skip
+        return Table("Tensors by kind", ("kind", "tensors", "elements", "bytes", "shapes"), rows)
+
+    def all_tensors(self) -> Table:
+        """List every tensor."""
+        rows = tuple(
+            (s.name, role_of(s), s.dtype, "×".join(map(str, s.shape)) or "scalar", human_bytes(s.nbytes))
+            for s in self.specs
+        )
+        return Table("All tensors", ("name", "kind", "dtype", "shape", "bytes"), rows)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """List what people ask first."""
+        dtypes: dict[str, int] = {}
+        for spec in self.specs:
+            dtypes[spec.dtype] = dtypes.get(spec.dtype, 0) + 1
+        layers = len({layer for spec in self.specs if (layer := layer_of(spec.name))})
+        found = [
+            ("tensors", f"{len(self.specs):,} in {len(self.files) or 1} file{'s' if len(self.files) > 1 else ''}"),
+            ("parameters", f"{human_count(self.parameters)} ({self.parameters:,})"),
+            ("bytes", f"{human_bytes(self.nbytes)}"),
+            ("dtypes", ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(dtypes.items()))),
+            ("blocks", str(layers)),
+        ]
+        for key in _CONFIG_FACTS:
+            if self.config and self.config.get(key) is not None:
+                value = self.config[key]
+                found.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        return found
+
+    def document(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Return the facts for ``--json``."""
+        return {
+            "schema": "surgery.info/1",
+            "checkpoint": self.label,
+            "tensors": len(self.specs),
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "files": dict(self.files),
+            "config": {key: self.config[key] for key in _CONFIG_FACTS if self.config and key in self.config},
+            "notes": list(self.notes),
+            **({"list": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes, "kind": role_of(s)}
+                         for s in self.specs]} if tensors else {}),
+        }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        facts = Table(self.label, ("fact", "value"), tuple(self.facts()))
+        return facts.html() + self.by_role().html()
+
+
+def _shapes(specs: Sequence[TensorSpec]) -> str:
+    shapes = list(dict.fromkeys("×".join(map(str, spec.shape)) or "scalar" for spec in specs))
+    return ", ".join(shapes[:3]) + (" …" if len(shapes) > 3 else "")
+
+
+def info(source: Source) -> Info:
+    """Describe a checkpoint from its headers and configuration; no tensor is read.
+
+    Args:
+        source: a folder, a file, or a state dict.
+
+    >>> import numpy
+    >>> info({"q_proj.weight": numpy.zeros((4, 4), "float32")}).parameters
+    16
+    """
+    checkpoint = open_checkpoint(source)
+    files: dict[str, int] = {}
+    for shard in checkpoint.shards.values():
+        files[shard] = files.get(shard, 0) + 1
+    specs = tuple(checkpoint.specs.values())
+    return Info(checkpoint.label, specs, files, checkpoint.config, [*checkpoint.notes, *_observations(checkpoint)])
+
+
+def _observations(checkpoint: Checkpoint) -> list[str]:
+    """Say what is tied or missing."""
+    config, specs = checkpoint.config or {}, checkpoint.specs
+    notes = []
+    heads = [name for name, spec in specs.items() if role_of(spec) == "head" and name.endswith("lm_head.weight")]
+    if config.get("tie_word_embeddings") and not heads:
+        notes.append("the output head is tied to the input embedding, which is stored once")
+    if config.get("tie_word_embeddings") and heads:
+        notes.append(f"{heads[0]} is stored although the configuration ties it to the input embedding")
+    blocks = {layer_of(name) for name in specs} - {""}
+    stems: dict[str, set[int]] = {}
+    for block in blocks:
+        stem, _, number = block.rpartition(".")
+        stems.setdefault(stem, set()).add(int(number))
+    for stem, numbers in sorted(stems.items()):
+        gaps = sorted(set(range(max(numbers) + 1)) - numbers)
+        if gaps and len(numbers) > 1:
+            notes.append(f"{stem} has no block {', '.join(map(str, gaps[:5]))}")
+    declared = config.get("num_hidden_layers")
+    largest = max((len(numbers) for numbers in stems.values()), default=0)
+    if isinstance(declared, int) and largest and largest < declared:
+        notes.append(f"config.json declares {declared} layers, the file holds {largest}")
+    return notes

@@ -1,0 +1,232 @@
+"""``unmerge``: take an adapter out of a merged checkpoint again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from surgery import provenance
+from surgery.adapter import Adapter, Binding, bind, open_adapter
+from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
+from surgery.delta import Applied, Dense, LowRank, Rows, Update
+from surgery.errors import MismatchError
+from surgery.history import History, history_of
+from surgery.report import join_shown
+from surgery.tensor import LazyTensor, read_bytes
+
+
+def unmerge(
+    merged: Source,
+    adapter: str | os.PathLike[str] | Adapter,
+    *,
+    base: Source | None = None,
+    coeff: float | None = None,
+    name_map: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    r"""Take an adapter out of a checkpoint that it was merged into.
+
+    Low-rank parts are subtracted, ``round(W' − c · scaling · B @ A)``, which is right to one unit in the last place,
+    not to the bit; tensors and rows that the adapter replaced are restored from the originals that ``merge`` kept. With
+    ``base`` every touched tensor is copied from it, and the result is exact.
+
+    Args:
+        merged: the checkpoint to restore.
+        adapter: what was merged.
+        base: the checkpoint before the merge.
+        coeff: the coefficient it was merged with; by default what the record says, or 1.
+        name_map: names in the adapter → names in the checkpoint.
+
+    Returns:
+        The restored checkpoint, lazily.
+
+    Raises:
+        MismatchError: the record says that the adapter is not in there, what it replaced is not to be had, or ``base``
+            is not the base of the record.
+
+    >>> import torch, surgery
+    >>> base = {"q_proj.weight": torch.ones(4, 4)}
+    >>> adapter = surgery.extract_lora(base, {"q_proj.weight": torch.eye(4)}, rank=4)
+    >>> restored = unmerge(surgery.merge(base, adapter), adapter)
+    >>> torch.allclose(restored["q_proj.weight"], base["q_proj.weight"])
+    True
+    """
+    checkpoint, opened = open_checkpoint(merged), open_adapter(adapter)
+    history = history_of(checkpoint)
+    entry = _find(checkpoint, opened, history)
+    if coeff is None:
+        coeff = entry["coeff"] if entry else 1.0
+    elif entry and coeff != entry["coeff"]:
+        raise MismatchError(
+            f"was merged with coefficient {entry['coeff']}, not {coeff}", file=opened.label, mend="drop --coeff"
+        )
+    binding = bind(opened, checkpoint, coeff=-coeff, name_map=name_map, allow_incomplete=True)
+    require_arithmetic(checkpoint, sorted(binding.updates))
+    _refuse_later(history, entry, binding, checkpoint, from_base=base is not None)
+    work = _Work(checkpoint, history, opened, entry, binding)
+    tensors = work.from_base(open_checkpoint(base)) if base is not None else work.by_subtraction()
+    adapters, kept = history.without(entry["fingerprint"]) if entry else ([], {})
+    future = History(history.known, adapters, history.base_prints, {}, kept, history.stored)
+    sources = [checkpoint, open_checkpoint(base)] if base is not None else [checkpoint]
+    return Checkpoint(
+        tensors,
+        label=f"{checkpoint.label} − {opened.label}",
+        stored=[stored for source in sources for stored in source.stored] + [*history.stored, *opened.stored],
+        shards=checkpoint.shards,
+        config=checkpoint.config,
+        side_files=checkpoint.side_files,
+        notes=[*checkpoint.notes, *binding.notes, *work.notes],
+        origin=Origin(
+            lambda prints: work.record(prints, adapters), kept=kept, history=future,
+            counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
+        ),
+    )  # fmt: skip
+
+
+def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[str, Any] | None:
+    """Find the adapter's entry in the record; refuse where the record says that it is not in there."""
+    if not history.known:
+        return None
+    fingerprint = adapter.fingerprint()
+    for entry in reversed(history.adapters):
+        if entry["fingerprint"] == fingerprint:
+            return entry
+    inside = join_shown([entry["name"] for entry in history.adapters]) or "none"
+    raise MismatchError(
+        f"the record says that {adapter.label} is not merged into it; merged adapters: {inside}", file=checkpoint.label
+    )
+
+
+def _refuse_later(
+    history: History, entry: Mapping[str, Any] | None, binding: Binding, checkpoint: Checkpoint, *, from_base: bool
+) -> None:
+    """Refuse what other adapters in the same tensors make impossible."""
+    if entry is None:
+        return
+    for other in history.adapters:
+        if other["fingerprint"] == entry["fingerprint"]:
+            continue
+        shared = sorted(set(other["touched"]) & set(binding.updates))
+        blocked = shared if from_base else sorted(set(shared) & {*other["replaced"], *entry["replaced"]})
+        if blocked:
+            later = other["step"] > entry["step"]
+            mend = f"unmerge {other['name']} first" if later else "unmerge without --base" if from_base else None
+            raise MismatchError(
+                f"{other['name']} is merged into it too", file=checkpoint.label, tensor=blocked[0],
+                mend=mend or "start again from the base",
+            )  # fmt: skip
+
+
+class _Work:
+    """One unmerge: how each touched tensor is restored, and what the record will say."""
+
+    def __init__(
+        self, merged: Checkpoint, history: History, adapter: Adapter, entry: Mapping[str, Any] | None, binding: Binding
+    ) -> None:
+        self.merged = merged
+        self.history = history
+        self.adapter = adapter
+        self.entry = entry
+        self.binding = binding
+        self.notes: list[str] = []
+        self._base: dict[str, provenance.Traced] = {}
+        self._base_label = ""
+
+    def from_base(self, base: Checkpoint) -> dict[str, LazyTensor]:
+        """Copy every touched tensor from the base."""
+        tensors = dict(self.merged.tensors)
+        self._base_label = base.label
+        for name in self.binding.updates:
+            if name not in base.tensors:
+                raise MismatchError("is not in the base", file=base.label, tensor=name)
+            if base.tensors[name].spec != self.merged.tensors[name].spec:
+                raise MismatchError(
+                    f"is {base.tensors[name].spec.describe()} in the base and "
+                    f"{self.merged.tensors[name].spec.describe()} in {self.merged.label}",
+                    file=base.label,
+                    tensor=name,
+                )
+            self._base[name] = provenance.Traced(base.tensors[name])
+            tensors[name] = self._base[name]
+        return tensors
+
+    def by_subtraction(self) -> dict[str, LazyTensor]:
+        """Subtract low-rank parts and put the originals back."""
+        tensors = dict(self.merged.tensors)
+        subtracted = 0
+        for name, updates in self.binding.updates.items():
+            if name in self.binding.replaced:
+                tensors[name] = self._original(name)
+                continue
+            undo = [*(self._negated(name, update) for update in updates if not isinstance(update, Rows))]
+            subtracted += bool(undo)
+            if name in self.binding.rows:
+                undo.append(self._rows(name))
+            tensors[name] = Applied(self.merged.tensors[name], undo)
+        if subtracted:
+            self.notes.append(
+                f"{subtracted} weights are restored by subtraction: right to rounding, not to the bit; --base BASE is exact"
+            )
+        return tensors
+
+    def _negated(self, name: str, update: Update) -> Update:
+        if isinstance(update, LowRank | Dense):
+            return update  # bound with the negated coefficient already
+        raise MismatchError(
+            "DoRA cannot be subtracted: its norms are the base's", file=self.adapter.label, tensor=name,
+            mend="pass --base BASE",
+        )  # fmt: skip
+
+    def _original(self, name: str) -> LazyTensor:
+        found = self.history.original(self.entry["step"], name) if self.entry else None
+        if found is None or found.spec != self.merged.tensors[name].spec:
+            raise self._lost(name)
+        return found
+
+    def _rows(self, name: str) -> Update:
+        found = self.history.original_rows(self.entry["step"], name) if self.entry else None
+        if found is None:
+            raise self._lost(name)
+        numbers, values = found
+        indices = np.frombuffer(bytes(read_bytes(numbers)), dtype=np.int64).tolist()
+        return Rows(tuple(indices), values, absolute=True)
+
+    def _lost(self, name: str) -> MismatchError:
+        return MismatchError(
+            f"{self.adapter.label} replaced it, and what it was before is not kept", file=self.merged.label, tensor=name,
+            mend="pass --base BASE",
+        )  # fmt: skip
+
+    def record(self, fingerprints: Mapping[str, str], adapters: list[dict[str, Any]]) -> dict[str, Any]:
+        """Compose the provenance record; with a base, refuse one that is not the record's.
+
+        Raises:
+            MismatchError: by tensor, before anything is published.
+        """
+        draft = provenance.PLACEHOLDER in fingerprints.values()
+        for name, traced in {} if draft else self._base.items():
+            known = self.history.base_prints.get(name)
+            if known and known != traced.fingerprint():
+                raise MismatchError(
+                    "is not what was merged into", file=self._base_label, tensor=name, mend="pass the right base"
+                )
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, value in fingerprints.items():
+            known = self.history.base_prints.get(name)
+            tensors[name] = {"fingerprint": value} | ({"base": known} if known and (draft or known != value) else {})
+        touched = self.binding.updates.keys() & self.history.base_prints.keys()
+        exact = sum(fingerprints[name] == self.history.base_prints[name] for name in touched)
+        return provenance.record(
+            "unmerge",
+            parameters={"coeff": self.entry["coeff"] if self.entry else None},
+            inputs=[
+                {"role": "merged", "name": self.merged.label},
+                {"role": "adapter", "name": self.adapter.label, "fingerprint": self.adapter.fingerprint()},
+                *([{"role": "base", "name": self._base_label}] if self._base else []),
+            ],
+            tensors=tensors,
+            adapters=adapters,
+            restored={"tensors": len(self.binding.updates), "proven_exact": 0 if draft else exact},
+        )

@@ -1,0 +1,152 @@
+"""``verify``: hold a checkpoint or adapter on disk against its own record, index and configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery import provenance
+from surgery.checkpoint import default_jobs
+from surgery.errors import FormatError, VerificationError
+from surgery.execute import Progress, Silent
+from surgery.formats import peft
+from surgery.history import read_record
+from surgery.report import Table, join_shown
+from surgery.roles import layer_of, role_of
+from surgery.sources import local
+from surgery.tensor import LazyTensor, human_bytes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and held."""
+
+    label: str
+    checks: tuple[tuple[str, str], ...]
+    """What was checked → what was found."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """The checks."""
+        return self.checks
+
+    def table(self) -> Table:
+        """Show the checks."""
+        return Table(f"{self.label} verifies", ("check", "found"), self.checks)
+
+    def document(self) -> dict[str, Any]:
+        """Return everything, for ``--json``."""
+        return {
+            "schema": "surgery.verify/1",
+            "checkpoint": self.label,
+            "checks": dict(self.checks),
+            "notes": list(self.notes),
+        }
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def verify(path: str | os.PathLike[str], *, jobs: int | None = None, progress: Progress | None = None) -> Verification:
+    """Check a folder or file: headers, index and shards agree, every tensor has the fingerprint that was recorded.
+
+    Args:
+        path: a checkpoint or an adapter.
+        jobs: threads; as many as there are cores by default.
+        progress: somebody who watches.
+
+    Raises:
+        FormatError: a file is malformed, or index and shards disagree.
+        VerificationError: a tensor is missing, or its bytes are not those that were recorded; it is named.
+    """
+    real = local.resolve(path)
+    adapter = real.is_dir() and (real / peft.CONFIG).exists()
+    stored = local.open_weights(real, adapter=adapter)
+    checks = [
+        (
+            "structure",
+            f"{len(stored.tensors):,} tensors in {len(stored.files)} file(s), {human_bytes(_size(stored.tensors))}",
+        )
+    ]
+    notes = list(stored.notes)
+    if adapter:
+        checks.append(("adapter", _check_adapter(real, stored)))
+    else:
+        notes += _check_config(real, stored)
+    record = read_record(real)
+    if record is None:
+        notes.append("there is no record of surgery: fingerprints could not be checked")
+    else:
+        _check_fingerprints(real, stored.tensors, record, jobs or default_jobs(), progress or Silent())
+        checks.append(("fingerprints", f"all {len(record['tensors']):,} as recorded by {record.get('made_by')}"))
+    return Verification(stored.label, tuple(checks), tuple(notes))
+
+
+def _size(tensors: dict[str, LazyTensor]) -> int:
+    return sum(tensor.spec.nbytes for tensor in tensors.values())
+
+
+def _check_adapter(folder: Path, stored: local.StoredWeights) -> str:
+    document = local.read_config(folder, peft.CONFIG)
+    if document is None:
+        raise FormatError(f"has no {peft.CONFIG}", file=folder)
+    config = peft.parse_config(document)
+    parts = peft.collect(stored.tensors)
+    for module, roles in parts.low_rank.items():
+        config.scaling(module, stored.tensors[roles.get("a") or roles["embedding_a"]].spec.shape[0])
+    return f"rank {config.r}, {len(parts.low_rank)} modules, {len(parts.full)} full tensors, {len(parts.rows)} tables of rows"
+
+
+def _check_config(path: Path, stored: local.StoredWeights) -> list[str]:
+    config = local.read_config(path) if path.is_dir() else None
+    if config is None:
+        return ["there is no config.json to hold the tensors against"] if path.is_dir() else []
+    specs = {name: tensor.spec for name, tensor in stored.tensors.items()}
+    vocabulary, hidden = config.get("vocab_size"), config.get("hidden_size")
+    for name, spec in specs.items():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        if role_of(spec) == "embedding" and leaf in ("embed_tokens", "wte", "word_embeddings") and len(spec.shape) == 2:
+            wanted = (vocabulary, hidden)
+            if all(isinstance(size, int) for size in wanted) and spec.shape != wanted:
+                raise VerificationError(
+                    f"is {spec.describe()}, config.json says {list(wanted)}", file=stored.label, tensor=name
+                )
+    layers = config.get("num_hidden_layers")
+    found = {layer_of(name) for name in specs} - {""}
+    stems = {layer.rpartition(".")[0] for layer in found}
+    if isinstance(layers, int) and len(stems) == 1 and len(found) != layers:
+        raise VerificationError(f"holds {len(found)} blocks, config.json says {layers}", file=stored.label)
+    return []
+
+
+def _check_fingerprints(
+    path: Path, tensors: dict[str, LazyTensor], record: dict[str, Any], jobs: int, progress: Progress
+) -> None:
+    recorded = record["tensors"]
+    missing, extra = sorted(recorded.keys() - tensors.keys()), sorted(tensors.keys() - recorded.keys())
+    if missing or extra:
+        name = (missing or extra)[0]
+        what = "is in the record but not in the files" if missing else "is in the files but not in the record"
+        raise VerificationError(what, file=path, tensor=name)
+    progress.start(_size(tensors))
+
+    def check(name: str) -> str | None:
+        found = provenance.fingerprint(tensors[name])
+        progress.advance(tensors[name].spec.nbytes)
+        return None if found == recorded[name].get("fingerprint") else name
+
+    with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool:
+        wrong: Sequence[str] = [name for name in pool.map(check, tensors) if name is not None]
+    progress.finish()
+    if wrong:
+        raise VerificationError(
+            f"does not have the bytes that were recorded ({len(wrong)} tensors in all: {join_shown(wrong)})",
+            file=path,
+            tensor=wrong[0],
+            mend="make it again, or fetch it again",
+        )
