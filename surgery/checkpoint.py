@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def parameters(self) -> int:
         """Number of floating-point elements: what people call parameters."""
-        return sum(spec.numel for spec in self.specs.values() if spec.dtype[0] in "FB" and spec.dtype != "BOOL")
+        return sum(spec.numel for spec in self.specs.values() if spec.dtype.startswith(("F", "BF")))
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor's recipe.

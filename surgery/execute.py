@@ -21,7 +21,6 @@ from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, 
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication
 
-
 KEPT = "originals"
 KEPT_FILE = ".surgery/originals"
 """Where a merge keeps what it replaced: not ``*.safetensors``, so that no loader takes it for weights."""
@@ -245,7 +244,7 @@ def publish(
     """
     single = os.fspath(out).endswith(".safetensors")
     # A single file carries its record in its header, whose length must be known first: fingerprints have one length.
-    draft = record({name: PLACEHOLDER for name in tensors}) if single else None
+    draft = record(dict.fromkeys(tensors, PLACEHOLDER)) if single else None
     metadata = {METADATA_KEY: encode(draft).decode()} if draft else None
     plan = lay_out(
         tensors, shards=shards, stem=stem, max_shard_size=max_shard_size, metadata=metadata,

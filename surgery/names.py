@@ -144,7 +144,7 @@ def _shift(known: Collection[str], names: Sequence[str], met: int) -> tuple[str,
 
 def _shifted(name: str, old: str, new: str) -> str:
     if old:
-        return name[len(old) :] if name.startswith(old) else name
+        return name.removeprefix(old)
     return new + name
 
 

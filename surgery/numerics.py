@@ -56,6 +56,11 @@ def scratch(role: str, count: int, dtype: torch.dtype = torch.float64) -> torch.
     return buffer[:count]
 
 
+def byte_buffer(role: str, count: int) -> memoryview:
+    """Return this thread's buffer of ``count`` bytes for ``role``; see :func:`scratch`."""
+    return scratch(role, count, torch.uint8).numpy().data
+
+
 def thread_memo(owner: object, make: Callable[[], T]) -> T:
     """Return ``make()`` for ``owner``, remembered until this thread asks for another owner's."""
     memos: dict[int, tuple[object, T]] = _local.__dict__.setdefault("memos", {})
@@ -108,8 +113,7 @@ def load_wide(tensor: LazyTensor) -> torch.Tensor:
 def widen(tensor: LazyTensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
     """Read the elements ``[start, stop)`` into ``out`` (float64 or float32), widening exactly."""
     low, high = byte_range(tensor.spec, start, stop)
-    raw = scratch("bytes", high - low, torch.uint8)
-    data = memoryview(raw.numpy())
+    data = byte_buffer("bytes", high - low)
     if high > low:
         tensor.read_into(start, stop, data)
     return out.copy_(view(tensor.spec, data, stop - start))

@@ -174,7 +174,8 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
         basis = basis / scale
         factor, info = torch.linalg.cholesky_ex((basis.T @ basis).double())
         if info or factor.diagonal().min() < 1e-3:
-            return torch.linalg.qr(columns)[0]
+            exact: torch.Tensor = torch.linalg.qr(columns)[0]
+            return exact
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
         basis = basis @ inverse.T.to(basis.dtype)
     return basis
@@ -183,8 +184,7 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
 def _rayleigh_ritz(delta: torch.Tensor, basis: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
     """Turn an orthonormal right basis into singular triplets of ``Δ V Vᵀ``."""
     image = delta @ basis
-    squares, rotation = torch.linalg.eigh((image.T @ image).double())
-    rotation = rotation.flip(1)[:, :rank]
+    rotation = torch.linalg.eigh((image.T @ image).double())[1].flip(1)[:, :rank]
     right = (basis.double() @ rotation).T
     left = image.double() @ rotation
     sigma = left.norm(dim=0)

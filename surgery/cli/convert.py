@@ -22,11 +22,12 @@ from surgery.operations.convert import convert
 @options.writing
 @options.sharding
 @options.resources
+@options.progress
 @options.common
 def command(
     checkpoint: str, dtype: str | None, drop: tuple[str, ...], rename: tuple[str, ...], allow_nonfinite: bool, out: str,
     overwrite: bool, dry_run: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
-    quiet: bool, debug: bool, progress: str,
+    quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Write CHECKPOINT in another form: dtype, shards, names, or container.
 

@@ -24,11 +24,12 @@ from surgery.tensor import human_bytes
 @options.rename
 @options.jobs
 @options.dry_run
+@options.progress
 @options.common
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str, by: str, headers: bool, no_spectrum: bool, target: tuple[str, ...], exit_code: bool,
-    rename: tuple[str, ...], jobs: int | None, dry_run: bool, as_json: bool, quiet: bool, debug: bool, progress: str,
+    rename: tuple[str, ...], jobs: int | None, dry_run: bool, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Compare checkpoint B with checkpoint A, tensor by tensor.
 

@@ -12,7 +12,7 @@ from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
 
 
-class Rank(click.ParamType):
+class Rank(click.ParamType[int | str]):
     """A rank: a whole number from 1, or ``full``."""
 
     name = "rank"
@@ -58,11 +58,12 @@ class Rank(click.ParamType):
 @options.rename
 @options.overwrite
 @options.dry_run
+@options.progress
 @options.common
 def command(
     base: str, ft: str, rank: int | str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...], dtype: str | None,
     device: str, base_id: str | None, seed: int, rename: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool,
-    quiet: bool, debug: bool, progress: str,
+    quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
 

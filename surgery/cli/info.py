@@ -12,7 +12,7 @@ from surgery.operations.info import info
 @click.argument("checkpoint", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @options.common
-def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool, debug: bool, progress: str) -> None:
+def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, dtypes, shapes, parameters, bytes.
 
     Only headers and config.json are read, whatever the size.

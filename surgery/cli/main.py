@@ -132,5 +132,5 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(TERMINATED)  # unwinds, so that the staging folder is cleared away

@@ -32,11 +32,12 @@ from surgery.sources import local
 @options.writing
 @options.sharding
 @options.resources
+@options.progress
 @options.common
 def command(
     base: str, adapters: tuple[str, ...], coeff: tuple[float, ...], name_map: str | None, allow_base_mismatch: bool,
     allow_incomplete: bool, allow_nonfinite: bool, out: str, overwrite: bool, dry_run: bool, max_shard_size: int | None,
-    jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, debug: bool, progress: str,
+    jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Merge ADAPTERS into BASE.
 

@@ -1,7 +1,8 @@
 """Options that several commands share, and the values that they turn into.
 
 ========================  =============================================================
-``common``                every command: ``--json``, ``-q``, ``--debug``, ``--progress``
+``common``                every command: ``--json``, ``-q``, ``--debug``
+``progress``              commands that read data
 ``writing``               commands that write: ``-o``, ``--overwrite``, ``--dry-run``
 ``resources``             ``--jobs``, ``--max-memory``
 ``sharding``              ``--max-shard-size``
@@ -22,7 +23,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: ``5GB``, ``500MB``, ``1GiB``."""
 
     name = "size"
@@ -53,10 +54,15 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 common = _stack(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but the result's path or verdict."),
-    click.option("--debug", is_flag=True, help="Print a traceback with an error."),
-    click.option("--progress", type=click.Choice(["auto", "plain", "none"]), default="auto", show_default=True,
-                 help="A bar on a terminal, a line a shard elsewhere."),
-)  # fmt: skip
+    click.option("--debug", is_flag=True, expose_value=False, help="Print a traceback with an error."),
+)
+progress = click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "none"]),
+    default="auto",
+    show_default=True,
+    help="A bar on a terminal, a line a shard elsewhere.",
+)
 
 output = click.option("-o", "--output", "out", type=click.Path(), required=True,
                       help="A folder; one file where it ends in .safetensors.")  # fmt: skip

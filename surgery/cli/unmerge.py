@@ -17,10 +17,11 @@ from surgery.operations.unmerge import unmerge
 @options.writing
 @options.sharding
 @options.resources
+@options.progress
 @options.common
 def command(
     merged: str, adapter: str, base: str | None, coeff: float | None, out: str, overwrite: bool, dry_run: bool,
-    max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, debug: bool,
+    max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool,
     progress: str,
 ) -> None:  # fmt: skip
     """Take ADAPTER out of MERGED.

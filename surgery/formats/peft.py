@@ -136,7 +136,7 @@ def _integer(document: Mapping[str, Any], key: str) -> int:
 
 def _number(document: Mapping[str, Any], key: str) -> float:
     value = document.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise MismatchError(f"{CONFIG} gives {key} = {value!r}, so the scale is not known")
     return float(value)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 
 from surgery import numerics
@@ -68,10 +70,10 @@ def _equal_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     for start in range(0, a.spec.numel, step):
         stop = min(start + step, a.spec.numel)
         size = (stop - start) * BITS[a.spec.dtype] // 8
-        buffers = [memoryview(numerics.scratch(side, size, torch.uint8).numpy()) for side in ("a bytes", "b bytes")]
+        buffers = [numerics.byte_buffer(side, size) for side in ("a bytes", "b bytes")]
         a.read_into(start, stop, buffers[0])
         b.read_into(start, stop, buffers[1])
-        if buffers[0] != buffers[1]:
+        if not np.array_equal(np.asarray(buffers[0]), np.asarray(buffers[1])):
             return False
     return True
 
@@ -110,18 +112,18 @@ def _sketch(name: str, delta: torch.Tensor) -> TruncatedSVD:
     return truncated_svd(delta, SKETCH_RANK, numerics.generator(0, name, "diff"), tolerance=1e-2)
 
 
-def _row(name: str, before: TensorSpec, after: TensorSpec, moments: Moments):  # type: ignore[no-untyped-def]
+def _row(name: str, before: TensorSpec, after: TensorSpec, moments: Moments) -> Callable[..., DiffRow]:
     """Begin a row: what is left to say is passed to the function returned."""
     same = not moments.changed and not moments.nonfinite
     status = "recast" if before.dtype != after.dtype else "identical" if same else "changed"
 
-    def finish(**more: object) -> DiffRow:
+    def finish(**more: Any) -> DiffRow:
         return DiffRow(
             name, role_of(before), layer_of(name), status, before, after,
             max_abs=moments.largest, relative_norm=moments.relative_norm, cosine=moments.cosine,
             changed=moments.changed / moments.count if moments.count else 0.0,
             energy=moments.energy, weight_energy=moments.a_energy, after_energy=moments.b_energy,
-            product=moments.product, nonfinite=moments.nonfinite, **more,  # type: ignore[arg-type]
+            product=moments.product, nonfinite=moments.nonfinite, **more,
         )  # fmt: skip
 
     return finish

@@ -175,7 +175,7 @@ class Extraction:
         costs = [0]
         for name in self.matrices:
             m, n = self.base.tensors[name].spec.shape
-            side, rank = min(m, n), min(2 * self.rank_of(name) + 16, min(m, n))
+            side, rank = min(m, n), min(2 * self.rank_of(name) + 16, m, n)
             costs.append(
                 4 * m * n + (8 * m * n + 24 * side * side if side <= 4096 else 4 * side * side) + 48 * rank * (m + n)
             )

@@ -37,7 +37,7 @@ class Info:
     @property
     def parameters(self) -> int:
         """Floating-point elements."""
-        return sum(spec.numel for spec in self.specs if spec.dtype[0] in "F" or spec.dtype == "BF16")
+        return sum(spec.numel for spec in self.specs if spec.dtype.startswith(("F", "BF")))
 
     @property
     def nbytes(self) -> int:

@@ -92,7 +92,7 @@ def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[st
     fingerprint = adapter.fingerprint()
     for entry in reversed(history.adapters):
         if entry["fingerprint"] == fingerprint:
-            return entry
+            return dict(entry)
     inside = join_shown([entry["name"] for entry in history.adapters]) or "none"
     raise MismatchError(
         f"the record says that {adapter.label} is not merged into it; merged adapters: {inside}", file=checkpoint.label

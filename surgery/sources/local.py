@@ -230,10 +230,8 @@ def add_file(stored: StoredWeights, path: Path, shard: str) -> None:
     file = OpenFile(path)
     stored.files.append(file)
     try:
-        if shard.endswith(PICKLE_SUFFIXES):
-            found = _pickled(file, stored.notes)
-        else:
-            found = _safetensors(file, stored.metadata)
+        pickled = shard.endswith(PICKLE_SUFFIXES)
+        found = _pickled(file, stored.notes) if pickled else _safetensors(file, stored.metadata)
     except SurgeryError as error:
         raise error.at(file=stored.folder / shard) from None
     for name, tensor in found.items():

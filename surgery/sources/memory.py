@@ -28,10 +28,8 @@ _TORCH_NAMES = {
 
 def is_array(value: object) -> bool:
     """Say whether ``value`` is something this room can read: a torch tensor or a NumPy array."""
-    return (
-        isinstance(value, np.ndarray)
-        or type(value).__module__.partition(".")[0] == "torch"
-        and hasattr(value, "stride")
+    return isinstance(value, np.ndarray) or (
+        type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "stride")
     )
 
 
@@ -73,7 +71,7 @@ class ArrayTensor:
             import torch  # the caller handed us a torch tensor, so it is loaded already
 
             flat = flat.detach().cpu().contiguous().view(torch.uint8).numpy()
-        out[:] = memoryview(np.ascontiguousarray(flat)).cast("B")
+        out[:] = np.ascontiguousarray(flat).view(np.uint8).data
 
 
 def _lazy(name: str, value: Any) -> LazyTensor:
@@ -88,5 +86,5 @@ def _lazy(name: str, value: Any) -> LazyTensor:
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         value = value.astype(value.dtype.newbyteorder("="))
     if BITS[spec.dtype] == 8 and isinstance(value, np.ndarray) and value.flags.c_contiguous and value.ndim:
-        return BytesTensor(spec, memoryview(value).cast("B") if value.size else b"")
+        return BytesTensor(spec, value.reshape(-1).view(np.uint8).data if value.size else b"")
     return ArrayTensor(spec, value)

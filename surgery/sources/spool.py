@@ -1,5 +1,6 @@
 """A spool: results that must be measured before the output can be laid out wait here, in memory while they are few,
-in an unlinked temporary file beyond that."""
+in an unlinked temporary file beyond that.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+# Everything here sets itself up in .venv; nothing else is needed than Python 3.11 or later, make, and PyPI.
+#
+#   make demo [BASE=folder FT=folder]   the main job on a real pair of checkpoints, or on yours
+#   make test                           the whole test suite
+#   make check                          format, lint, types
+#   make bench                          timings against named peers
+#
+# TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check format bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV) ..."
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	@echo "installing surgery and what its tests need into $(VENV) ..."
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/test
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/test
+	@$(BIN)/python -m fixtures.demo $(if $(BASE),--base '$(BASE)') $(if $(FT),--ft '$(FT)')
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/test
+	@$(BIN)/python -m bench.merge
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
