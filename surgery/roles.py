@@ -29,6 +29,10 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("down", r"(^|\.)(down_proj|w2|fc2|lin2|dense_4h_to_h|wo|(mlp|ffn)\.c_proj|output\.dense|ff\.net\.2)$"),
     ("up", r"(^|\.)(up_proj|w3|fc1|lin1|c_fc|dense_h_to_4h|wi(_1)?|intermediate\.dense|ff\.net\.0\.proj)$"),
 )  # fmt: skip
+ROLES = (
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "norm", "bias", "embedding", "head", "other",
+)  # fmt: skip
+"""Every role, in the order that tables show."""
 _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _RULES)
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 

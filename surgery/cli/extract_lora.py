@@ -7,7 +7,8 @@ import time
 import click
 
 from surgery.cli import options, terminal
-from surgery.operations.extract_lora import default_output, plan_extraction, summary
+from surgery.operations.extract_lora import Extraction, default_output, plan_extraction
+from surgery.operations.extraction_report import summary
 from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
 
@@ -56,13 +57,14 @@ class Rank(click.ParamType[int | str]):
 @click.option("--base-id", metavar="ORG/NAME", help="The base's Hub id, for the adapter's configuration.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For random starts.")
 @options.rename
+@options.jobs
 @options.overwrite
 @options.dry_run
 @options.progress
 @options.common
 def command(
     base: str, ft: str, rank: int | str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...], dtype: str | None,
-    device: str, base_id: str | None, seed: int, rename: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool,
+    device: str, base_id: str | None, seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool, dry_run: bool, as_json: bool,
     quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
@@ -77,7 +79,7 @@ def command(
     out = out or default_output(ft, rank)
     extraction = plan_extraction(
         base, ft, rank=rank, target=target, exclude=exclude, dtype=dtype.upper() if dtype else None, device=device,  # type: ignore[arg-type]
-        rename=rename, base_id=base_id, seed=seed,
+        rename=rename, base_id=base_id, seed=seed, jobs=jobs,
     )  # fmt: skip
     if dry_run:
         _print_plan(extraction, out, as_json)
@@ -106,10 +108,7 @@ def command(
         terminal.notes(report.notes)
 
 
-def _print_plan(extraction: object, out: str, as_json: bool) -> None:
-    from surgery.operations.extract_lora import Extraction
-
-    assert isinstance(extraction, Extraction)
+def _print_plan(extraction: Extraction, out: str, as_json: bool) -> None:
     counts = {"factor": len(extraction.matrices), "compare in full": len(extraction.full),
               "examine row by row": len(extraction.embeddings), "leave out": len(extraction.left_out)}  # fmt: skip
     if as_json:

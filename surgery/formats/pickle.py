@@ -144,6 +144,8 @@ _WIDE_END = struct.Struct("<4sQHHIIQQQQ")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _STREAMED, _UTF8 = 0x0008, 0x0800
+_FOLDER = 0x10
+"""An attribute with which torch takes an entry for a folder, and leaves its tensor uninitialised."""
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 _Span = tuple[int, int, int]
@@ -197,13 +199,15 @@ def _archive(read: Read, size: int) -> dict[str, _Span]:
     spans, end = {}, 0
     for name, entry in sorted(named.items(), key=lambda pair: pair[1].offset):
         _check_stored(name, entry)
+        if entry.offset != end:
+            raise FormatError(f"the zip entry {name!r:.80} overlaps the one before it, or leaves a gap")
         low = _data_start(read, name, entry, start)
-        if entry.offset < end:
-            raise FormatError(f"the zip entry {name!r:.80} overlaps the one before it")
-        end = low + entry.size
-        if end > start:
-            raise FormatError(f"the zip entry {name!r:.80} reaches into the directory")
-        spans[name] = (low, end, entry.crc)
+        if low + entry.size > start:
+            raise FormatError(f"the zip entry {name!r:.80} reaches into the directory", mend=INCOMPLETE)
+        spans[name] = (low, low + entry.size, entry.crc)
+        end = low + entry.size + _descriptor_length(read, name, entry, low + entry.size)
+    if end != start:
+        raise FormatError("bytes before the zip directory belong to no entry")
     return spans
 
 
@@ -236,11 +240,11 @@ def _central(raw: bytes, count: int) -> Iterator[_Entry]:
     for _ in range(count):
         if at + 46 > len(raw):
             raise FormatError("the zip directory is shorter than its entries")
-        (signature, _, _, flags, method, _, _, crc, stored, size, named, extra, comment, disk, _, _, offset) = (
+        (signature, _, _, flags, method, _, _, crc, stored, size, named, extra, comment, disk, _, marks, offset) = (
             _CENTRAL.unpack_from(raw, at)
         )
         end = at + 46 + named + extra
-        if signature != b"PK\x01\x02" or disk or end + comment > len(raw):
+        if signature != b"PK\x01\x02" or disk or end + comment > len(raw) or (marks & _FOLDER and size):
             raise FormatError(f"the zip directory is malformed at byte {at}")
         fields = _widened((size, stored, offset), raw[at + 46 + named : end])
         yield _Entry(raw[at + 46 : at + 46 + named], flags, method, crc, fields[1], fields[0], fields[2])
@@ -291,6 +295,19 @@ def _data_start(read: Read, name: str, entry: _Entry, limit: int) -> int:
     if not (told and same and raw[30:] == entry.name):
         raise FormatError(f"the zip entry {name!r:.80} is described in two ways", mend="fetch it again, it is damaged")
     return entry.offset + length + int(extra)
+
+
+def _descriptor_length(read: Read, name: str, entry: _Entry, at: int) -> int:
+    """Check the sizes and checksum that follow a streamed entry's data."""
+    if not entry.flags & _STREAMED:
+        return 0
+    wide = struct.pack("<4sIQQ", b"PK\x07\x08", entry.crc, entry.size, entry.size)
+    raw = _exactly(read, at, 24)  # the directory's end, at least 22 bytes, follows the last one
+    if raw == wide:
+        return 24
+    if entry.size > _FULL32 or raw[:16] != wide[:12] + wide[16:20]:
+        raise FormatError(f"the zip entry {name!r:.80} is described in two ways", mend="fetch it again, it is damaged")
+    return 16
 
 
 def _folder(entries: Mapping[str, _Span]) -> str:

@@ -76,10 +76,11 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
         UnsafeError: a link or an index entry that leads outside, or a pickle that would run code.
     """
     path = resolve(ref)
+    stored = StoredWeights(path, _label(ref, path), {}, {}, [])
     if path.is_dir():
-        return _open_folder(path, adapter=adapter, follow_links=follow_links)
-    stored = StoredWeights(path, _label(path), {}, {}, [])
-    add_file(stored, path, path.name)
+        _open_folder(stored, adapter=adapter, follow_links=follow_links)
+    else:
+        add_file(stored, path, path.name)
     return stored
 
 
@@ -104,20 +105,20 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _label(path: Path) -> str:
-    """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of the path."""
+def _label(ref: str | os.PathLike[str], path: Path) -> str:
+    """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
     cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
-    return cached[1].replace("--", "/") if cached else path.name
+    return cached[1].replace("--", "/") if cached else os.path.basename(os.path.abspath(os.path.expanduser(ref)))
 
 
-def _open_folder(folder: Path, *, adapter: bool, follow_links: bool) -> StoredWeights:
+def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
+    folder = stored.path
     members = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    stored = StoredWeights(folder, _label(folder), {}, {}, [])
     index, singles = _weight_set(folder, members, adapter=adapter, notes=stored.notes)
     if index is None:
         for name in singles:
             add_file(stored, _inside(folder, name, follow_links), name)
-        return stored
+        return
     weight_map = _read_index(_inside(folder, index, follow_links))
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
@@ -130,7 +131,6 @@ def _open_folder(folder: Path, *, adapter: bool, follow_links: bool) -> StoredWe
     for shard in shards:
         add_file(stored, _inside(folder, shard, follow_links), shard)
     _check_index(folder / index, weight_map, stored.shards)
-    return stored
 
 
 def _weight_set(folder: Path, members: list[str], *, adapter: bool, notes: list[str]) -> tuple[str | None, list[str]]:

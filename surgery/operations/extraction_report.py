@@ -1,0 +1,161 @@
+"""How good an extracted adapter is: numbers by tensor, tables for people, and the adapter's card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.report import Table, join_shown, percent
+from surgery.roles import ROLES
+from surgery.tensor import human_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one tensor's delta."""
+
+    name: str
+    role: str
+    how: str
+    """``lora``, ``full``, ``rows``, ``unchanged`` or ``left out``."""
+    rank: int
+    energy: float
+    """‖Δ‖²."""
+    residual: float
+    """‖Δ − stored‖², from the values as stored."""
+    next_residual: float
+    """The same at twice the rank; what a further rank would leave."""
+    nbytes: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """How good an extracted adapter is."""
+
+    rank: str
+    rows: tuple[Row, ...]
+    base_norm: float
+    """‖W‖ of all compared base tensors."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """‖Δ‖² over everything that was compared."""
+        return math.fsum(row.energy for row in self.rows)
+
+    @property
+    def kept(self) -> float:
+        """Share of ‖Δ‖² that base + adapter reproduces."""
+        return 1.0 - math.fsum(row.residual for row in self.rows) / self.energy if self.energy else 1.0
+
+    @property
+    def error(self) -> float:
+        """Relative error ‖Δ − stored‖ / ‖Δ‖ over everything."""
+        return math.sqrt(max(1.0 - self.kept, 0.0))
+
+    @property
+    def kept_by_lora(self) -> tuple[float, float]:
+        """Share of the factored weights' ‖Δ‖² that is kept, and what twice the rank would keep."""
+        rows = [row for row in self.rows if row.how == "lora"]
+        total = math.fsum(row.energy for row in rows)
+        if not total:
+            return 1.0, 1.0
+        return 1 - math.fsum(r.residual for r in rows) / total, 1 - math.fsum(r.next_residual for r in rows) / total
+
+    def table(self) -> Table:
+        """Summarise by kind of weight."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            if row.how != "unchanged":
+                groups.setdefault((row.role, row.how), []).append(row)
+        ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
+        lines = [_group_line(role, how, rows, self.energy) for (role, how), rows in ordered]
+        total = human_bytes(sum(row.nbytes for row in self.rows))
+        lines.append(("all", "", str(len(self.rows)), "100 %", percent(self.kept), f"{self.error:.4f}", total))
+        columns = ("weights", "stored as", "tensors", "share of ‖Δ‖²", "kept", "rel. error", "bytes")
+        return Table(f"What the adapter keeps (rank {self.rank})", columns, tuple(lines))
+
+    def document(self) -> dict[str, Any]:
+        """Return everything, for ``--json`` and the record."""
+        kept, following = self.kept_by_lora
+        return {
+            "rank": self.rank,
+            "energy_kept": self.kept,
+            "relative_error": self.error,
+            "lora_energy_kept": kept,
+            "lora_energy_kept_at_twice_the_rank": following,
+            "relative_delta": math.sqrt(self.energy) / self.base_norm if self.base_norm else 0.0,
+            "tensors": [
+                {
+                    "name": row.name, "role": row.role, "stored_as": row.how, "rank": row.rank, "bytes": row.nbytes,
+                    "share": row.energy / self.energy if self.energy else 0.0,
+                    "relative_error": math.sqrt(row.residual / row.energy) if row.energy else 0.0,
+                    **({"why": row.why} if row.why else {}),
+                }
+                for row in self.rows
+            ],
+        }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def _group_line(role: str, how: str, rows: Sequence[Row], total: float) -> tuple[str, ...]:
+    energy = math.fsum(row.energy for row in rows)
+    residual = math.fsum(row.residual for row in rows)
+    kept = 1 - residual / energy if energy else 1.0
+    return (
+        role, how, str(len(rows)), percent(energy / total if total else 0.0), percent(kept),
+        f"{math.sqrt(max(1 - kept, 0.0)):.4f}", human_bytes(sum(row.nbytes for row in rows)),
+    )  # fmt: skip
+
+
+def card(report: ExtractionReport, document: Mapping[str, Any], base_label: str, tuned_label: str) -> bytes:
+    """Write the adapter's README: metadata, how good it is, and how to load it."""
+    kept, following = report.kept_by_lora
+    base = document["base_model_name_or_path"] or base_label
+    is_id = base.count("/") == 1 and not base.startswith((".", "/"))
+    metadata = [
+        "---",
+        "library_name: peft",
+        *([f"base_model: {base}"] if is_id else []),
+        "tags:",
+        "- lora",
+        "- surgery",
+        "---",
+    ]
+    body = f"""
+# {tuned_label} as a LoRA adapter of {base}
+
+Extracted with [surgery](https://pypi.org/project/checkpoint-surgery/) from the fine-tune `{tuned_label}`:
+`surgery extract-lora {base_label} {tuned_label} --rank {report.rank}`
+
+{report.table().markdown()}
+
+The factored weights keep {percent(kept)} of their ‖Δ‖²; twice the rank would keep {percent(following)}.
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+    left = [row for row in report.rows if row.how == "left out"]
+    if left:
+        share = math.fsum(row.energy for row in left) / report.energy
+        body += f"\nLeft out ({percent(share)} of ‖Δ‖²): {join_shown([row.name for row in left], 10)}.\n"
+    return ("\n".join(metadata) + "\n" + body).encode()
+
+
+def summary(report: ExtractionReport) -> str:
+    """Say in one line what the rank kept, and what the next one would."""
+    kept, following = report.kept_by_lora
+    rows = [row for row in report.rows if row.how == "lora"]
+    rank = max((row.rank for row in rows), default=0)
+    if not rows or report.rank == "full":
+        return f"the adapter keeps {percent(report.kept)} of ‖Δ‖²"
+    return (
+        f"rank {rank} keeps {percent(kept)} of the factored weights' ‖Δ‖²; {2 * rank} would keep {percent(following)}"
+    )
