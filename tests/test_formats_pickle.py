@@ -554,7 +554,7 @@ def test_a_payload_of_torch_save_itself_is_refused(tmp_path):
         def __reduce__(self):
             return subprocess.call, (["touch", str(canary)],)
 
-    data = saved({"w": torch.ones(1), "x": Payload()})
+    data = saved({"w": torch.ones(1), "x": Payload()}, pickle_protocol=4)
     with pytest.raises(UnsafeError, match=r"calls for subprocess\.call"):
         tree_of(data)
     assert not canary.exists()
@@ -871,6 +871,12 @@ ARCHIVES = {
     "two entries in one place": field(GOOD, CENTRAL, 42, bytes(4), which=DATA),
     "a zip64 size that is missing": field(GOOD, CENTRAL, 24, b"\xff" * 4),
     "a zip64 offset that is missing": field(GOOD, CENTRAL, 42, b"\xff" * 4),
+    "an entry that is marked as a folder": field(GOOD, CENTRAL, 38, b"\x10", which=DATA),
+    "an entry after a gap": field(GOOD, LOCAL, 28, b"\1\0"),
+    "a descriptor with another size": field(TORCH, b"PK\x07\x08", 8, b"\1"),
+    "a descriptor with another checksum": field(TORCH, b"PK\x07\x08", 4, b"\1\2\3\4", which=4),
+    "a descriptor that is missing": patched(b"PK\x07\x08", bytes(4), TORCH),
+    "data that begin one byte late": field(TORCH, LOCAL, 28, bytes([TORCH[TORCH.index(b"archive/data/0") - 2] + 1]), which=4),
     "an entry on another disk": field(GOOD, CENTRAL, 34, b"\1\0"),
     "an archive of two disks": field(GOOD, END, 4, b"\1\0"),
     "an entry more": field(GOOD, END, 8, struct.pack("<HH", 4, 4)),

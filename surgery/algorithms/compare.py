@@ -6,7 +6,7 @@ Nothing here knows where blocks come from, or what a model is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,24 +70,30 @@ class Moments:
         return max(-1.0, min(1.0, self.product / math.sqrt(self.a_energy) / math.sqrt(self.b_energy)))
 
 
-@dataclass
 class RowMoments:
-    """Sums over each row ``w`` of a matrix and its change ``δ``."""
+    """Sums over each row ``w`` of a matrix and its change ``δ``.
 
-    weight: list[torch.Tensor] = field(default_factory=list)
-    product: list[torch.Tensor] = field(default_factory=list)
-    energy: list[torch.Tensor] = field(default_factory=list)
+    Products go to reused memory and sums to their final place: a small result kept after each large temporary would
+    pin the C library's heap block by block.
+    """
+
+    def __init__(self, rows: int) -> None:
+        """Make room for ``rows`` rows."""
+        self._sums = torch.zeros(3, rows, dtype=torch.float64)
+        self._seen = 0
 
     def update(self, old: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add whole rows: ``(rows, width)``, float64."""
-        self.weight.append((old * old).sum(1))
-        self.product.append((old * delta).sum(1))
-        self.energy.append((delta * delta).sum(1))
+        """Add the next rows: ``(count, width)``, float64."""
+        product = numerics.scratch("row product", old.numel()).view(old.shape)
+        place = self._sums[:, self._seen : self._seen + len(old)]
+        for target, (left, right) in zip(place, ((old, old), (old, delta), (delta, delta)), strict=True):
+            torch.sum(torch.mul(left, right, out=product), 1, out=target)
+        self._seen += len(old)
 
     def trained(self, dtype: str) -> tuple[torch.Tensor, float, torch.Tensor]:
         """Return the trained rows' numbers, the common shrink, and every row's ‖δ‖²; see :func:`trained_rows`."""
-        energy = torch.cat(self.energy)
-        rows, shrink = trained_rows(torch.cat(self.weight), torch.cat(self.product), energy, dtype)
+        weight, product, energy = self._sums
+        rows, shrink = trained_rows(weight, product, energy, dtype)
         return rows, shrink, energy
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from surgery.cli import options, terminal
-from surgery.operations.extract_lora import Extraction, default_output, plan_extraction
-from surgery.operations.extraction_report import summary
 from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
+
+if TYPE_CHECKING:
+    from surgery.operations.extract_lora import Extraction
 
 
 class Rank(click.ParamType[int | str]):
@@ -76,6 +78,10 @@ def command(
       surgery extract-lora base ft --rank 16
       surgery extract-lora base ft --rank 64 --target q_proj,v_proj -o adapter
     """
+    # These bring torch, which --help must not pay for.
+    from surgery.operations.extract_lora import default_output, plan_extraction
+    from surgery.operations.extraction_report import summary
+
     out = out or default_output(ft, rank)
     extraction = plan_extraction(
         base, ft, rank=rank, target=target, exclude=exclude, dtype=dtype.upper() if dtype else None, device=device,  # type: ignore[arg-type]

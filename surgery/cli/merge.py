@@ -9,7 +9,6 @@ import click
 from surgery.cli import options
 from surgery.cli.writing import write
 from surgery.errors import UsageError
-from surgery.operations.merge import merge
 from surgery.sources import local
 
 
@@ -49,6 +48,8 @@ def command(
       surgery merge base math code --coeff 0.6 --coeff 0.4 -o both
       surgery merge base style --coeff -1 -o negated
     """
+    from surgery.operations.merge import merge  # brings torch, which --help must not pay for
+
     merged = merge(
         base, *adapters, coeff=list(coeff) if coeff else 1.0, name_map=_name_map(name_map),
         allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,

@@ -6,7 +6,6 @@ import click
 
 from surgery.cli import options
 from surgery.cli.writing import write
-from surgery.operations.unmerge import unmerge
 
 
 @click.command("unmerge", short_help="Take an adapter out of a merged checkpoint again.")
@@ -33,6 +32,8 @@ def command(
       surgery unmerge merged adapter -o restored
       surgery unmerge merged adapter --base base -o restored
     """
+    from surgery.operations.unmerge import unmerge  # brings torch, which --help must not pay for
+
     restored = unmerge(merged, adapter, base=base, coeff=coeff)
     write(restored, out, "unmerge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress)  # fmt: skip

@@ -85,8 +85,8 @@ def _compare_floats(name: str, a: LazyTensor, b: LazyTensor, *, spectrum: bool) 
     step = max(numerics.BLOCK // unit, 1) * unit
     moments = Moments()
     embedding = role_of(spec) == "embedding" and len(spec.shape) == 2 and spec.numel > 0
-    by_row = RowMoments() if embedding else None
-    matrix = torch.empty(spec.numel, dtype=torch.float32) if spectrum and is_matrix(spec) else None
+    by_row = RowMoments(spec.shape[0]) if embedding else None
+    matrix = numerics.scratch("matrix", spec.numel, torch.float32) if spectrum and is_matrix(spec) else None
     for start in range(0, spec.numel, step):
         stop = min(start + step, spec.numel)
         old = numerics.widen(a, start, stop, numerics.scratch("old", stop - start))
@@ -100,6 +100,7 @@ def _compare_floats(name: str, a: LazyTensor, b: LazyTensor, *, spectrum: bool) 
     row = _row(name, a.spec, b.spec, moments)
     if matrix is not None and moments.energy and not moments.nonfinite:
         svd = _sketch(name, matrix.view(spec.shape))
+        numerics.release_freed_memory()
         kept = {rank: svd.captured(rank) / svd.energy for rank in RANKS}
         return row(effective_rank=effective_rank(svd, min(spec.shape)), kept=kept)
     if by_row is not None and moments.energy and not moments.nonfinite:

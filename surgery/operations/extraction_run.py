@@ -76,8 +76,8 @@ class Pair:
         return math.fsum(float(delta @ delta) for _, _, delta in self.blocks())
 
     def matrix(self) -> torch.Tensor:
-        """Return ΔW whole, in float32."""
-        flat = torch.empty(self.spec.numel, dtype=torch.float32)
+        """Return ΔW whole, in float32: valid until this thread's next matrix."""
+        flat = numerics.scratch("matrix", self.spec.numel, torch.float32)
         for start, _, delta in self.blocks():
             flat[start : start + delta.numel()] = delta
         return flat.view(self.spec.shape)
@@ -185,6 +185,7 @@ class Run:
         stored_b, lazy_b = self._store(f"{stem}.lora_B.weight", b)
         left, right = (stored_a.T, stored_b.T) if flipped else (stored_b, stored_a)
         residual = min(residual_energy(delta, left, right), svd.energy)
+        numerics.release_freed_memory()
         following = min(max(svd.energy - svd.captured(2 * rank), 0.0), residual)
         nbytes = lazy_a.spec.nbytes + lazy_b.spec.nbytes
         row = Row(name, pair.role, "lora", rank, svd.energy, residual, following, nbytes)
@@ -203,14 +204,17 @@ class Run:
     def _embedding(self, pair: Pair) -> Found:
         """Store the rows of an embedding that training moved further than the common shrink of weight decay."""
         name, width = pair.spec.name, pair.spec.shape[1]
-        moments = RowMoments()
+        moments = RowMoments(pair.spec.shape[0])
         for _, old, delta in pair.blocks():
             moments.update(old.view(-1, width), delta.view(-1, width))
         rows, shrink, energy = moments.trained(pair.spec.dtype)
+        if self.plan.rank is None:
+            rows = energy.nonzero().flatten()  # full rank leaves nothing out: every row that moved at all
         total, count = float(energy.sum()), len(energy)
         if not total:
             return Found(Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0), pair)
-        if len(rows) > max(ROWS_SHARE * count, SMALL_TABLE) or not len(rows):
+        too_many = self.plan.rank is not None and len(rows) > max(ROWS_SHARE * count, SMALL_TABLE)
+        if too_many or not len(rows):
             why = f"{len(rows):,} of {count:,} rows were trained" if len(rows) else f"a common shrink by {-shrink:.3g}"
             return Found(Row(name, pair.role, "left out", 0, total, total, total, 0, why), pair)
         picked = self._pick_rows(pair, rows.tolist())

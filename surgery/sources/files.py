@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +36,10 @@ class OpenFile:
             raise FormatError("no such file", file=path) from None
         except OSError as error:
             raise IOFailure(f"cannot be opened: {error.strerror}", file=path) from None
+        self._closer = weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._closer()
             raise FormatError(f"is {_kind(status.st_mode)}, not a regular file", file=path)
         self.size = status.st_size
         self._identity = _identity(status)
@@ -81,10 +82,9 @@ class OpenFile:
             raise IOFailure("changed while it was read", file=self.path, mend="run again when nobody writes to it")
 
     def close(self) -> None:
-        """Close the descriptor; further reads fail."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the descriptor; further reads fail. A file that nothing reads from any more closes itself."""
+        self._closer()
+        self._descriptor = -1
 
     def __enter__(self) -> Self:
         return self
@@ -93,10 +93,6 @@ class OpenFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import weakref
 from dataclasses import dataclass
 
 from surgery.errors import IOFailure
@@ -18,7 +19,8 @@ class Spool:
     """An append-only store of tensors' bytes."""
 
     def __init__(self, memory_limit: int = MEMORY_LIMIT) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=memory_limit)  # noqa: SIM115  closed with the last tensor
+        self._file = tempfile.SpooledTemporaryFile(max_size=memory_limit)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)  # when the last tensor in it is gone
         self._lock = threading.Lock()
         self._end = 0
 
