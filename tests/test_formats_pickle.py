@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from surgery.errors import FormatError, SurgeryError, UnsafeError, UnsupportedError
-from surgery.formats import archive
+from surgery.formats import archive as archive_reader
 from surgery.formats import pickle as reader
 from surgery.formats.pickle import StoredTensor, gather, read_tree
 from surgery.tensor import BITS
@@ -765,7 +765,7 @@ def test_the_real_limits_let_a_hundred_thousand_tensors_through():
     with zipfile.ZipFile(io.BytesIO(saved({f"layer.{i}": torch.ones(1) for i in range(500)}))) as target:
         opcodes = sum(1 for _ in pickletools.genops(target.read("archive/data.pkl")))
     assert opcodes / 500 * 100_000 < reader.STEP_LIMIT
-    assert min(reader.PART_LIMIT, archive.ENTRY_LIMIT) > 100_000
+    assert min(reader.PART_LIMIT, archive_reader.ENTRY_LIMIT) > 100_000
 
 
 def test_a_memo_index_of_four_billion_costs_nothing():
@@ -785,7 +785,7 @@ def test_a_description_beyond_the_limit_is_refused_before_it_is_read(monkeypatch
 
 
 def test_an_archive_of_too_many_entries_is_refused(monkeypatch):
-    monkeypatch.setattr(archive, "ENTRY_LIMIT", 3)
+    monkeypatch.setattr(archive_reader, "ENTRY_LIMIT", 3)
     with pytest.raises(FormatError, match="4 entries exceeds"):
         tree_of(archive(program(b"}"), {"0": b"", "1": b""}))
 
