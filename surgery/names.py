@@ -26,8 +26,12 @@ from surgery.errors import MismatchError, UsageError, printable
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training tools nest a state dict."""
 
-DECORATIONS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""Prefixes of DataParallel, torch.compile and FSDP; each may stand anywhere between dots, several times."""
+INNER_DECORATIONS = ("_orig_mod.", "_fsdp_wrapped_module.")
+DECORATIONS = ("module.", *INNER_DECORATIONS)
+"""Prefixes of DataParallel, torch.compile and FSDP, in any order and number; the last two also stand inside names."""
+
+LEGACY = {"gamma": "weight", "beta": "bias"}
+"""What the first BERT checkpoints called the parameters of ``LayerNorm``."""
 
 
 def unwrap(tree: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
@@ -61,16 +65,22 @@ def unwrap(tree: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> tuple[d
 
 
 def undecorated(name: str) -> str:
-    """Strip every decoration of a training tool from a name.
+    """Strip every decoration of a training tool from a name, and spell legacy parameters as today.
 
     >>> undecorated("module.encoder._orig_mod.layer.0.weight")
     'encoder.layer.0.weight'
+    >>> undecorated("embeddings.LayerNorm.gamma")
+    'embeddings.LayerNorm.weight'
     """
-    for decoration in DECORATIONS:
-        while name.startswith(decoration):
-            name = name[len(decoration) :]
-        name = name.replace("." + decoration, ".") if decoration != "module." else name
-    return name
+    while (bare := _without_first(name)) != name:
+        name = bare
+    for decoration in INNER_DECORATIONS:
+        name = name.replace(f".{decoration}", ".")
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: f"LayerNorm.{LEGACY[old[1]]}", name)
+
+
+def _without_first(name: str) -> str:
+    return next((name.removeprefix(mark) for mark in DECORATIONS if name.startswith(mark)), name)
 
 
 @dataclass(frozen=True, slots=True)

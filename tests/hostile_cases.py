@@ -435,7 +435,9 @@ def sharded(folder: Path, change: Callable[[dict[str, str]], Any] | None = None,
     return folder
 
 
-def _indexed(change: Callable[[dict[str, str]], Any] | None = None, index: str | None = None) -> Callable[[Path], Commands]:
+def _indexed(
+    change: Callable[[dict[str, str]], Any] | None = None, index: str | None = None
+) -> Callable[[Path], Commands]:
     def make(here: Path) -> Commands:
         sharded(here / "base-model", change, index)
         adapter(here / "style-lora")
@@ -713,7 +715,9 @@ def _paired(id: str, code: int, *says: Word, changes: Callable[[], dict[str, tor
 _paired("a shape that differs", MISMATCH, QW, "tuned-model", "[32, 16]", changes=lambda: {QW: torch.ones(32, 16)})
 _paired("a shape that broadcasts", MISMATCH, QW, "tuned-model", "[32, 1]", changes=lambda: {QW: torch.ones(32, 1)})
 _paired("a scalar for a matrix", MISMATCH, QW, "tuned-model", changes=lambda: {QW: torch.ones(())})
-_paired("a shape with the same number of elements", MISMATCH, QW, "tuned-model", changes=lambda: {QW: torch.ones(64, 16)})
+_paired(
+    "a shape with the same number of elements", MISMATCH, QW, "tuned-model", changes=lambda: {QW: torch.ones(64, 16)}
+)
 _paired("a vocabulary that was resized", MISMATCH, EMBED, "tuned-model", "64", "72",
         changes=lambda: {EMBED: torch.ones(72, 32)})  # fmt: skip
 
@@ -1053,7 +1057,9 @@ _adapted("a module that the base lacks", MISMATCH, "layers.9", "base-model",
          tensors=lambda: {key.replace("layers.0", "layers.9"): value for key, value in lora_tensors().items()})  # fmt: skip
 _adapted("a tensor that LoRA does not have", MISMATCH, "lora_C",
          tensors=lambda: {A.replace("lora_A", "lora_C"): torch.ones(4, 4)})  # fmt: skip
-_adapted("two tensors with one role", MISMATCH, Q, tensors=lambda: {A.removeprefix("base_model.model."): torch.ones(4, 32)})
+_adapted(
+    "two tensors with one role", MISMATCH, Q, tensors=lambda: {A.removeprefix("base_model.model."): torch.ones(4, 32)}
+)
 _adapted("a saved module of another shape", MISMATCH, EMBED,
          tensors=lambda: {f"base_model.model.{EMBED}": torch.ones(72, 32)})  # fmt: skip
 _adapted("a saved module that would broadcast", MISMATCH, NORM,
@@ -1088,7 +1094,9 @@ _broken_adapter("configuration truncated", FORMAT, "adapter_config.json", "JSON"
                 files={"adapter_config.json": json.dumps(LORA_CONFIG).encode()[:-9]})  # fmt: skip
 _broken_adapter("configuration empty", FORMAT, "adapter_config.json", files={"adapter_config.json": b""})
 _broken_adapter("configuration a list", FORMAT, "adapter_config.json", files={"adapter_config.json": b"[]"})
-_broken_adapter("configuration not UTF-8", FORMAT, "adapter_config.json", files={"adapter_config.json": b'{"a": "\xff"}'})
+_broken_adapter(
+    "configuration not UTF-8", FORMAT, "adapter_config.json", files={"adapter_config.json": b'{"a": "\xff"}'}
+)
 _broken_adapter("configuration with a key twice", FORMAT, "adapter_config.json", "lora_alpha",
                 files={"adapter_config.json": b'{"peft_type": "LORA", "lora_alpha": 8, "lora_alpha": 80, "r": 4}'})  # fmt: skip
 _broken_adapter("configuration with a number of 5000 digits", FORMAT, "adapter_config.json",
@@ -1118,7 +1126,10 @@ def _extracted(here: Path) -> None:
 def _(here: Path) -> Commands:
     _extracted(here)
     model(here / "other-model", changes={QW: base_weights()[QW] * 1.01})
-    return [["merge", "other-model", "own-lora", "-o", "out"], ["merge", "other-model", "own-lora", "-o", "out.safetensors"]]
+    return [
+        ["merge", "other-model", "own-lora", "-o", "out"],
+        ["merge", "other-model", "own-lora", "-o", "out.safetensors"],
+    ]
 
 
 @refused("identity: an adapter on its own fine-tune", MISMATCH, "tuned-model", "own-lora", "proj.weight")
@@ -1186,7 +1197,11 @@ def _(here: Path) -> Commands:
 @refused("identity: an adapter where a model belongs", FORMAT, "style-lora", "adapter")
 def _(here: Path) -> Commands:
     adapter(here / "style-lora")
-    return [["merge", "style-lora", "style-lora", "-o", "out"], ["info", "style-lora"], ["convert", "style-lora", "-o", "out"]]
+    return [
+        ["merge", "style-lora", "style-lora", "-o", "out"],
+        ["info", "style-lora"],
+        ["convert", "style-lora", "-o", "out"],
+    ]
 
 
 # --- records
@@ -1296,14 +1311,18 @@ _publishing("inside the input", OUTPUT, "base-model", "input", out="models/base-
 _publishing("deep inside the input", OUTPUT, "base-model", "input", out="models/base-model/new/deep/out")
 _publishing("inside the input through a link", OUTPUT, "alias/out", "input", out="alias/out",
             change=lambda here: (here / "alias").symlink_to("models/base-model"))  # fmt: skip
-_publishing("the input's own file", OUTPUT, "model.safetensors", "input", out="models/base-model/model.safetensors", more=OVER)
+_publishing(
+    "the input's own file", OUTPUT, "model.safetensors", "input", out="models/base-model/model.safetensors", more=OVER
+)
 _publishing("a link to the input's own file", OUTPUT, "alias.safetensors", "input", out="alias.safetensors", more=OVER,
             change=lambda here: (here / "alias.safetensors").symlink_to("models/base-model/model.safetensors"))  # fmt: skip
 _publishing("the folder that holds the input", OUTPUT, "models", "input", out="models", more=OVER)
 _publishing("the working folder", OUTPUT, ".", out=".", more=OVER)
 _publishing("the root of the file system", OUTPUT, "/", out="/", more=OVER)
 _publishing("a folder that exists", OUTPUT, "out", "--overwrite", out="out", change=lambda here: model(here / "out"))
-_publishing("an empty folder that exists", OUTPUT, "out", "--overwrite", out="out", change=lambda here: (here / "out").mkdir())
+_publishing(
+    "an empty folder that exists", OUTPUT, "out", "--overwrite", out="out", change=lambda here: (here / "out").mkdir()
+)
 _publishing("a file that exists", OUTPUT, "out.safetensors", "--overwrite", out="out.safetensors",
             change=_file("out.safetensors"))  # fmt: skip
 _publishing("a link to nothing", OUTPUT, "out", out="out", change=lambda here: (here / "out").symlink_to("gone"))
@@ -1319,7 +1338,9 @@ _publishing("a name too long for the file system", IO, "x" * 200, out="x" * 300)
 _publishing("an empty path", USAGE, "output", out="")
 _publishing("one file in shards", USAGE, "out.safetensors", "--max-shard-size", out="out.safetensors",
             more=("--max-shard-size", "1MB"))  # fmt: skip
-_publishing("shards smaller than a tensor", USAGE, "weight", "--max-shard-size", out="out", more=("--max-shard-size", "1KB"))
+_publishing(
+    "shards smaller than a tensor", USAGE, "weight", "--max-shard-size", out="out", more=("--max-shard-size", "1KB")
+)
 _publishing("more memory than allowed", IO, "--max-memory", out="out", more=("--max-memory", "1KB"))
 
 
@@ -1395,7 +1416,9 @@ _calling("a coefficient that is NaN", USAGE, "coeff", line="merge base-model sty
 _calling("a coefficient that is infinite", USAGE, "coeff", line="merge base-model style-lora --coeff=-inf -o out")
 _calling("a coefficient that overflows", USAGE, "coeff", line="merge base-model style-lora --coeff 1e999 -o out")
 _calling("a coefficient that is a word", USAGE, "coeff", line="merge base-model style-lora --coeff half -o out")
-_calling("an unmerge with a coefficient that is NaN", USAGE, "coeff", line="unmerge base-model style-lora --coeff nan -o out")
+_calling(
+    "an unmerge with a coefficient that is NaN", USAGE, "coeff", line="unmerge base-model style-lora --coeff nan -o out"
+)
 _calling("no adapter", USAGE, "merge --help", line="merge base-model -o out")
 _calling("no output", USAGE, "--output", line="merge base-model style-lora")
 _calling("no such command", USAGE, "mrege", "merge", line="mrege base-model style-lora -o out")
@@ -1414,11 +1437,15 @@ _calling("a device without memory", USAGE, "meta", line="extract-lora base-model
 _calling("a seed that is a word", USAGE, "seed", line="extract-lora base-model tuned-model --seed x -o out")
 _calling("no jobs", USAGE, "jobs", line="convert base-model --jobs 0 -o out")
 _calling("a size that is none", USAGE, "5XB", line="convert base-model --max-shard-size 5XB -o out")
-_calling("a size that is infinite", USAGE, "max-shard-size", line=f"convert base-model --max-shard-size {'9' * 400}GB -o out")
+_calling(
+    "a size that is infinite", USAGE, "max-shard-size", line=f"convert base-model --max-shard-size {'9' * 400}GB -o out"
+)
 _calling("a pattern that is no expression", USAGE, "re:(", line="convert base-model --drop re:( -o out")
 _calling("everything dropped", USAGE, "--drop", line="convert base-model --drop * -o out")
 _calling("a rename without an equals sign", USAGE, "--rename", line="convert base-model --rename lm_head -o out")
-_calling("a name map that is not there", USAGE, "map.json", line="merge base-model style-lora --name-map map.json -o out")
+_calling(
+    "a name map that is not there", USAGE, "map.json", line="merge base-model style-lora --name-map map.json -o out"
+)
 _calling("a name map that is no JSON", USAGE, "map.json", line="merge base-model style-lora --name-map map.json -o out",
          change=_file("map.json", b"{"))  # fmt: skip
 _calling("a name map of numbers", USAGE, "map.json", line="merge base-model style-lora --name-map map.json -o out",
@@ -1507,7 +1534,11 @@ _twin("null for metadata", pack({"__metadata__": None, **one()}, FOUR))
 
 def _merged_exactly(folder: str) -> Callable[[Path, Result], None]:
     def check(here: Path, result: Result) -> None:
-        merged, base, parts = load_bytes((here / folder / "model.safetensors").read_bytes()), base_weights(), lora_tensors()
+        merged, base, parts = (
+            load_bytes((here / folder / "model.safetensors").read_bytes()),
+            base_weights(),
+            lora_tensors(),
+        )
         expected = (base[QW].double() + 2 * parts[B].double() @ parts[A].double()).float()
         assert torch.equal(merged[QW], expected)
         assert torch.equal(merged[NORM], base[NORM])
@@ -1552,7 +1583,10 @@ def _model_files() -> dict[str, bytes]:
 
 
 def _adapter_files() -> dict[str, bytes]:
-    return {"adapter_model.safetensors": save_bytes(lora_tensors()), "adapter_config.json": json.dumps(LORA_CONFIG).encode()}
+    return {
+        "adapter_model.safetensors": save_bytes(lora_tensors()),
+        "adapter_config.json": json.dumps(LORA_CONFIG).encode(),
+    }
 
 
 @accepted("snapshot of a Hugging Face cache", _merged_exactly("out"))
@@ -1646,7 +1680,11 @@ def _(here: Path) -> Commands:
 def _(here: Path) -> Commands:
     strange = {"model_type": "\ud800", "time_step_limit": [0.0, float("inf")]}
     model(here / "base-model", config=strange)
-    return [["info", "base-model"], ["convert", "base-model", "--dtype", "BF16", "-o", "out"], ["info", "out", "--json"]]
+    return [
+        ["info", "base-model"],
+        ["convert", "base-model", "--dtype", "BF16", "-o", "out"],
+        ["info", "out", "--json"],
+    ]
 
 
 @accepted("remains of a run that was killed", _copied("base-model/model.safetensors", "out/model.safetensors"))

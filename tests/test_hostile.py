@@ -124,7 +124,11 @@ def test_a_hostile_input_is_refused_in_a_process_of_its_own(case: Case, here: Pa
     command = case.make(here)[-1]
     before = contents(here.parent)
     ended = subprocess.run(
-        [sys.executable, "-m", "surgery", *command], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", "surgery", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
     )
     assert ended.returncode == case.code, ended.stderr
     assert_one_line(Result(ended.returncode, ended.stdout, ended.stderr), case)

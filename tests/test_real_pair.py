@@ -140,7 +140,9 @@ def test_unmerge_with_the_base_is_exact_and_without_it_right_to_rounding(adapter
     close = surgery.unmerge(merged, adapter)
     for name in base:
         assert torch.equal(exact[name], base[name]), name
-        assert (close[name].double() - base[name].double()).abs().max() <= 2**-23 * base[name].abs().max().double(), name
+        assert (close[name].double() - base[name].double()).abs().max() <= 2**-23 * base[name].abs().max().double(), (
+            name
+        )
     embeddings = "embeddings.word_embeddings.weight"
     assert torch.equal(close[embeddings], base[embeddings])
 

@@ -84,7 +84,7 @@ def truncated_svd(
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> svd = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, g)
-    >>> [round(float(s), 6) for s in svd.sigma], round(svd.error(2), 6)
+    >>> [round(float(s), 6) for s in svd.sigma[:2]], round(svd.error(2), 6)
     ([3.0, 2.0], 0.267261)
 
     Reference: Halko, Martinsson, Tropp 2011, arXiv:0909.4061, Algorithm 4.4.

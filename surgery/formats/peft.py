@@ -297,9 +297,12 @@ def target_modules(adapted: Sequence[str], others: Iterable[str]) -> list[str]:
     for module in {*chosen, *others}:
         for suffix in _suffixes(module):
             owners[suffix] = owners.get(suffix, True) and module in chosen
-    # A bare number (``to_out.0``) is no name to go by: PEFT would match it anywhere.
+    # A suffix that begins with a number (``to_out.0``) says nothing to a reader.
     return sorted(
-        {next(s for s in _suffixes(module) if s == module or (owners[s] and not s.isdigit())) for module in chosen}
+        {
+            next(s for s in _suffixes(module) if s == module or (owners[s] and not s.partition(".")[0].isdigit()))
+            for module in chosen
+        }
     )
 
 
