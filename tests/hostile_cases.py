@@ -285,6 +285,10 @@ CONTAINERS: dict[str, tuple[bytes | Callable[[], bytes], int, tuple[Word, ...]]]
     "metadata twice": (pack(f'{{"__metadata__":{{}},"__metadata__":{{}},"{NAME}":{{{_FIELDS}}}}}', FOUR), FORMAT,
                        ("__metadata__",)),
     "metadata with a number": (pack({"__metadata__": {"epoch": 3}, **one()}, FOUR), FORMAT, ("__metadata__",)),
+    "metadata with minus zero": (
+        pack(f'{{"__metadata__":{{"a":-0}},"{NAME}":{{{_FIELDS}}}}}', FOUR), FORMAT, ("__metadata__",)),
+    "metadata with a number of 25 digits": (
+        pack({"__metadata__": {"a": 10**24}, **one()}, FOUR), FORMAT, ("__metadata__",)),
     "metadata that nests": (pack({"__metadata__": {"a": {"b": "c"}}, **one()}, FOUR), FORMAT, ("__metadata__",)),
     "metadata that is a list": (pack({"__metadata__": ["a"], **one()}, FOUR), FORMAT, ("__metadata__",)),
     "metadata with a lone surrogate": (pack({"__metadata__": {"surgery": "\ud800"}, **one()}, FOUR), FORMAT,
@@ -852,7 +856,7 @@ def _(here: Path) -> Commands:
     return _extracting(here)
 
 
-@refused("numbers: factors that overflow float16", NUMERIC, "tuned-model", QW, "F16")
+@refused("numbers: factors that overflow float16", NUMERIC, "tuned-model", Q, "F16")
 def _(here: Path) -> Commands:
     model(here / "base-model", {QW: torch.zeros(8, 8)})
     model(here / "tuned-model", {QW: torch.full((8, 8), 1e12)})
@@ -880,6 +884,24 @@ for _number, _word in ((float("nan"), "NaN"), (float("inf"), "Inf")):
                 _merging(tensors=lambda key=_key, number=_number: {key: _with(lora_tensors()[key], number)}),
             )
         )  # fmt: skip
+
+for _key, _kind in ((f"base_model.model.{NORM}", "saved module"), ("base_model.model." + EMBED, "saved embedding")):
+    CASES.append(
+        Case(
+            f"numbers: NaN in an adapter's {_kind} at merge", NUMERIC, ("style-lora", _key[17:]),
+            _merging(tensors=lambda key=_key: {key: _with(base_weights()[key[17:]], float("nan"))}),
+        )
+    )  # fmt: skip
+CASES.append(
+    Case(
+        "numbers: Inf in an adapter's token rows at merge", NUMERIC, ("style-lora", "embed_tokens"),
+        _merging(
+            config=lambda: {"trainable_token_indices": [1, 2]},
+            tensors=lambda: {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
+                             torch.full((2, 32), float("inf"))},
+        ),
+    )
+)  # fmt: skip
 
 for _word, _base, _changes in (
     ("NaN in a merged weight of the base", {QW: _with(torch.zeros(32, 32), float("nan"))}, {}),
@@ -1678,7 +1700,7 @@ def _(here: Path) -> Commands:
 
 @accepted("a lone surrogate and Infinity in a configuration", _valid_json)
 def _(here: Path) -> Commands:
-    strange = {"model_type": "\ud800", "time_step_limit": [0.0, float("inf")]}
+    strange = {"model_type": "\ud800", "time_step_limit": [0.0, float("inf")], "num_key_value_heads": float("nan")}
     model(here / "base-model", config=strange)
     return [
         ["info", "base-model"],

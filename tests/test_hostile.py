@@ -158,9 +158,10 @@ def test_the_number_of_a_block_costs_no_memory(here: Path) -> None:
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     (here / "odd.safetensors").write_bytes(hostile_cases.pack(dict.fromkeys(names, entry)))
     program = (
-        "import resource, surgery.cli.main as cli\n"
+        "import resource\n"
+        "from surgery.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "cli.main(['info', 'odd.safetensors'])"
+        "main(['info', 'odd.safetensors'])"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr[-500:]) == (0, ended.stderr[-500:])

@@ -1,0 +1,1 @@
+"""Timings against named peers, as ratios in one run. Never part of the tests."""
