@@ -1,6 +1,6 @@
 """``make bench``: merging and taking stock of a generated 0.5 B-parameter bfloat16 model, beside ``cp`` and PEFT.
 
-    python -m bench.merge [--size 0.5B|1.5B] [--turns 3]
+python -m bench.merge [--size 0.5B|1.5B] [--turns 3]
 """
 
 from __future__ import annotations
@@ -40,10 +40,20 @@ def main() -> None:
             sys.exit(f"{needed / 1e9:.0f} GB of free disk are needed in {folder.parent}; set TMPDIR")
         # In processes of their own: a child's peak memory is not below what its parent once held.
         for extra in (["base"], ["ft", "--tune"], ["adapter", "--adapter", "8"]):
-            made = [sys.executable, "-m", "fixtures.generate", str(folder / extra[0]), "--size", options.size, *extra[1:]]
+            made = [
+                sys.executable,
+                "-m",
+                "fixtures.generate",
+                str(folder / extra[0]),
+                "--size",
+                options.size,
+                *extra[1:],
+            ]
             subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
         (folder / "merge_with_peft.py").write_text(PEFT)
-        print(f"{options.size}: {shape.parameters / 1e9:.2f} B parameters in bfloat16, {2 * shape.parameters / 1e9:.2f} GB\n")
+        print(
+            f"{options.size}: {shape.parameters / 1e9:.2f} B parameters in bfloat16, {2 * shape.parameters / 1e9:.2f} GB\n"
+        )
 
         def surgery(*arguments: str) -> Run:
             return timed([sys.executable, "-m", "surgery", *arguments, "-q"], folder)

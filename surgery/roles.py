@@ -6,6 +6,7 @@ is found in the name wins. A name that no rule knows has the role ``other``: not
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,8 @@ ROLES = (
 )  # fmt: skip
 """Every role, in the order that tables show."""
 _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _RULES)
+LONGEST_RULE = 4
+"""Dotted parts of a module's name that any rule looks at."""
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
@@ -45,15 +48,18 @@ def role_of(spec: TensorSpec) -> str:
     >>> role_of(TensorSpec("encoder.layer.0.output.dense.bias", "F32", (8,)))
     'bias'
     """
-    module = module_of(spec.name)
-    for role, pattern in _COMPILED:
-        if pattern.search(module):
-            if role == "norm":
-                return "norm" if len(spec.shape) <= 1 else "other"
-            if spec.name.endswith("bias") and len(spec.shape) <= 1:
-                return "bias"
-            return role if len(spec.shape) >= 2 else "other"
-    return "bias" if spec.name.endswith("bias") and len(spec.shape) == 1 else "other"
+    role = _role_of_module(".".join(module_of(spec.name).rsplit(".", LONGEST_RULE)[-LONGEST_RULE:]))
+    if role == "norm":
+        return "norm" if len(spec.shape) <= 1 else "other"
+    if spec.name.endswith("bias") and len(spec.shape) <= 1:
+        return "bias"
+    return role if len(spec.shape) >= 2 else "other"
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _role_of_module(tail: str) -> str:
+    """Find the first rule for the end of a module's name: models repeat few of them many times."""
+    return next((role for role, pattern in _COMPILED if pattern.search(tail)), "other")
 
 
 def layer_of(name: str) -> str:

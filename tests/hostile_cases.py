@@ -574,8 +574,10 @@ def _outward(member: str) -> Callable[[Path], Commands]:
     return make
 
 
-for _member in ("model.safetensors", SHARDS[1], INDEX, "config.json"):
-    CASES.append(Case(f"link: {_member} leads out of the folder", UNSAFE, (_member, "link"), _outward(_member)))
+CASES.extend(
+    Case(f"link: {member} leads out of the folder", UNSAFE, (member, "link"), _outward(member))
+    for member in ("model.safetensors", SHARDS[1], INDEX, "config.json")
+)
 
 
 @refused("link: a tokenizer leads out of the folder", UNSAFE, "tokenizer.json", "link")
@@ -876,14 +878,14 @@ def _merging(base: dict[str, torch.Tensor] | None = None, **changes: Any) -> Cal
     return make
 
 
-for _number, _word in ((float("nan"), "NaN"), (float("inf"), "Inf")):
-    for _key in (A, B):
-        CASES.append(
-            Case(
-                f"numbers: {_word} in an adapter's {_key[-8:-7]} at merge", NUMERIC, ("style-lora", Q),
-                _merging(tensors=lambda key=_key, number=_number: {key: _with(lora_tensors()[key], number)}),
-            )
-        )  # fmt: skip
+CASES.extend(
+    Case(
+        f"numbers: {word} in an adapter's {key[-8:-7]} at merge", NUMERIC, ("style-lora", Q),
+        _merging(tensors=lambda key=key, number=number: {key: _with(lora_tensors()[key], number)}),
+    )
+    for number, word in ((float("nan"), "NaN"), (float("inf"), "Inf"))
+    for key in (A, B)
+)  # fmt: skip
 
 for _key, _kind in ((f"base_model.model.{NORM}", "saved module"), ("base_model.model." + EMBED, "saved embedding")):
     CASES.append(

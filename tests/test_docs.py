@@ -41,7 +41,9 @@ def test_the_console_blocks_print_what_they_show(workshop):
         command, _, wanted = entry.partition("\n")
         program, *arguments = shlex.split(command)
         assert program == "surgery"
-        done = subprocess.run([sys.executable, "-m", "surgery", *arguments], cwd=workshop, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "surgery", *arguments], cwd=workshop, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert without_times(done.stdout).strip() == without_times(wanted).strip(), command
 

@@ -131,7 +131,7 @@ def _observations(checkpoint: Checkpoint) -> list[str]:
     """Say what is tied or missing."""
     config, specs = checkpoint.config or {}, checkpoint.specs
     notes = []
-    heads = [name for name, spec in specs.items() if role_of(spec) == "head" and name.endswith("lm_head.weight")]
+    heads = [name for name in specs if name.endswith("lm_head.weight")]
     if config.get("tie_word_embeddings") and not heads:
         notes.append("the output head is tied to the input embedding, which is stored once")
     if config.get("tie_word_embeddings") and heads:

@@ -76,7 +76,7 @@ class ArrayTensor:
 
 def _lazy(name: str, value: Any) -> LazyTensor:
     names = _NUMPY_NAMES if isinstance(value, np.ndarray) else _TORCH_NAMES
-    kind = str(value.dtype).removeprefix("torch.")
+    kind = value.dtype.name if isinstance(value, np.ndarray) else str(value.dtype).removeprefix("torch.")
     layout = str(getattr(value, "layout", "torch.strided"))
     if kind not in names or layout != "torch.strided" or getattr(value, "is_quantized", False):
         raise UnsupportedError(f"a {layout.removeprefix('torch.')} {kind} tensor cannot be stored", tensor=name)

@@ -1,0 +1,186 @@
+"""The command line: help, JSON, plans, quiet and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import surgery
+from surgery.cli.main import COMMANDS, main
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    base = {
+        f"layers.{layer}.{name}_proj.weight": generator.standard_normal((24, 16), dtype=np.float32)
+        for layer in range(2)
+        for name in ("q", "v")
+    }
+    tuned = {
+        name: value + np.float32(0.01) * generator.standard_normal(value.shape, dtype=np.float32)
+        for name, value in base.items()
+    }
+    for folder, tensors in (("base", base), ("ft", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_one_short_line(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage: surgery" in out
+    assert (
+        f"surgery {command}" in out.split("Options:")[0].replace("Usage: surgery " + command, "", 1)
+        or command == "verify"
+    )
+    import importlib
+
+    module = importlib.import_module(f"surgery.cli.{command.replace('-', '_')}")
+    assert module.command.short_help == COMMANDS[command]
+    for parameter in module.command.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, parameter.name
+
+
+def test_every_command_of_the_api_has_the_same_name():
+    assert {command.replace("-", "_") for command in COMMANDS} <= set(surgery.__all__)
+
+
+def test_the_main_job_in_json(models, run):
+    for arguments, schema in (
+        (("info", "base"), "surgery.info/1"),
+        (("diff", "base", "ft"), "surgery.diff/1"),
+        (("extract-lora", "base", "ft", "--rank", "2", "-o", "adapter"), "surgery.extract-lora/1"),
+        (("merge", "base", "adapter", "-o", "merged"), "surgery.merge/1"),
+        (("unmerge", "merged", "adapter", "-o", "back"), "surgery.unmerge/1"),
+        (("convert", "base", "--dtype", "bf16", "-o", "half"), "surgery.convert/1"),
+        (("verify", "merged"), "surgery.verify/1"),
+        (("merge", "base", "adapter", "-o", "x", "--dry-run"), "surgery.plan/1"),
+        (("diff", "base", "ft", "--dry-run"), "surgery.plan/1"),
+        (("extract-lora", "base", "ft", "--dry-run"), "surgery.plan/1"),
+    ):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        assert json.loads(out)["schema"] == schema
+
+
+def test_dry_runs_write_nothing(models, run):
+    run("extract-lora", "base", "ft", "-o", "adapter", "-q")
+    before = sorted(models.rglob("*"))
+    for arguments in (
+        ("merge", "base", "adapter", "-o", "merged"),
+        ("unmerge", "base", "adapter", "-o", "out", "--base", "base"),
+        ("convert", "base", "-o", "out"),
+        ("extract-lora", "base", "ft"),
+    ):
+        code, out, err = run(*arguments, "--dry-run")
+        assert code == 0, err
+        assert "memory" in out
+    assert sorted(models.rglob("*")) == before
+
+
+def test_quiet_prints_one_line(models, run):
+    assert run("extract-lora", "base", "ft", "-q") == (0, "./ft-lora-r8\n", "")
+    assert run("merge", "base", "ft-lora-r8", "-o", "merged", "-q") == (0, "merged\n", "")
+    assert run("verify", "merged", "-q") == (0, "verified\n", "")
+    code, out, err = run("diff", "base", "ft", "-q")
+    assert (code, out.count("\n"), err) == (0, 1, "")
+
+
+def test_exit_code_tells_whether_anything_differs(models, run):
+    assert run("diff", "base", "ft", "--exit-code", "-q")[0] == 1
+    assert run("diff", "base", "base", "--exit-code", "-q")[0] == 0
+    assert run("diff", "base", "ft", "-q")[0] == 0
+
+
+def test_negative_and_several_coefficients(models, run):
+    run("extract-lora", "base", "ft", "--rank", "full", "-o", "adapter", "-q")
+    assert run("merge", "base", "adapter", "--coeff", "-1", "-o", "negated", "-q")[0] == 0
+    base, tuned = load_file("base/model.safetensors"), load_file("ft/model.safetensors")
+    for name, value in load_file("negated/model.safetensors").items():
+        assert np.allclose(value, 2 * base[name] - tuned[name], atol=1e-5)
+
+
+def test_headers_alone_can_be_compared(models, run):
+    code, out, _ = run("diff", "base", "ft", "--headers")
+    assert code == 0
+    assert "same layout" in out
+
+
+def test_every_way_of_grouping_a_diff(models, run):
+    for by in ("kind", "layer", "group", "tensor"):
+        code, out, _ = run("diff", "base", "ft", "--by", by)
+        assert code == 0
+        assert f"Changes by {by}" in out
+
+
+def test_a_mistyped_command_or_option_gets_one_line_with_a_hint(models, run):
+    for arguments, hint in ((("mrge",), "merge"), (("merge", "--cof"), "--coeff"), (("merge",), "--help")):
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("surgery: error: ")
+        assert hint in err
+
+
+def test_debug_adds_a_traceback(models, run):
+    code, _, err = run("info", "nowhere", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("surgery: error: ")
+
+
+def test_an_internal_error_exits_70_and_asks_for_a_report(models, run, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("surgery.cli.info.info", fail)
+    code, out, err = run("info", "base")
+    assert (code, out) == (70, "")
+    assert "please report" in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error(models):
+    command = f"{sys.executable} -m surgery info base --tensors | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_completion_scripts_are_offered():
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "_SURGERY_COMPLETE": "bash_source"},
+    )
+    assert "complete" in done.stdout
+
+
+def test_no_colour_codes_reach_a_pipe(models):
+    done = subprocess.run([sys.executable, "-m", "surgery", "diff", "base", "ft"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
