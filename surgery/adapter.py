@@ -7,13 +7,14 @@ them changes and turns them into updates (:mod:`surgery.delta`); a tensor that f
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import execute, numerics, provenance
-from surgery.checkpoint import Checkpoint, default_jobs
+from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised
 from surgery.delta import Dense, LowRank, Magnitude, Replacement, Rows, Update
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from surgery.formats import peft
@@ -21,7 +22,7 @@ from surgery.history import read_record
 from surgery.names import align, module_of
 from surgery.roles import role_of, transposed_weights
 from surgery.sources import local
-from surgery.tensor import LazyTensor, TensorSpec, human_bytes, read_bytes
+from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -156,10 +157,7 @@ def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
         raise error.at(file=folder / peft.CONFIG) from None
     stored = local.open_weights(folder, adapter=True)
     record = read_record(folder) or {}
-    taken_from = record.get("base", {})
-    if not isinstance(taken_from, dict):
-        raise FormatError("the record's base is not a mapping", file=folder / provenance.RECORD)
-    return Adapter(stored.tensors, document, label=stored.label, stored=[stored], taken_from=taken_from)
+    return Adapter(stored.tensors, document, label=stored.label, stored=[stored], taken_from=record.get("base", {}))
 
 
 @dataclass
@@ -205,7 +203,11 @@ def bind(
         UnsupportedError: a combination that cannot be merged.
     """
     config = peft.parse_config(adapter.document)
-    parts = peft.collect(adapter.tensors)
+    try:
+        parts = peft.collect(adapter.tensors)
+    except SurgeryError as error:
+        raise error.at(file=adapter.label) from None
+    _refuse_codes(adapter)
     wanted = [f"{module}.weight" for module in [*parts.low_rank, *parts.rows]] + list(parts.full)
     wanted += [f"{module}.bias" for module, roles in parts.low_rank.items() if "lora_bias" in roles]
     found, notes = _resolve(adapter, base, wanted, parts, name_map or {})
@@ -234,6 +236,15 @@ def bind(
     return binding
 
 
+def _refuse_codes(adapter: Adapter) -> None:
+    """Refuse factors that are no numbers to compute with; what is stored in full may be an integer buffer."""
+    for key, tensor in adapter.tensors.items():
+        if tensor.spec.dtype not in ARITHMETIC and peft.parse_key(key).kind != "full":
+            raise UnsupportedError(
+                f"is {tensor.spec.dtype}; surgery computes with {', '.join(ARITHMETIC)}", file=adapter.label, tensor=key
+            )
+
+
 def _factors(adapter: Adapter, roles: Mapping[str, str]) -> tuple[TensorSpec, TensorSpec]:
     kind = "embedding_" if "embedding_a" in roles else ""
     return adapter.tensors[roles[f"{kind}a"]].spec, adapter.tensors[roles[f"{kind}b"]].spec
@@ -249,6 +260,7 @@ def _resolve(
         mapped[name] = name_map.get(name) or (f"{name_map[module]}.{parameter}" if module in name_map else name)
     alignment = align(base.tensors.keys(), sorted(set(mapped.values())))
     found = {name: alignment.names[mapped[name]] for name in wanted}
+    refuse_quantised(base, found.values())
     lost = [name for name in wanted if found[name] not in base.tensors]
     for name in list(lost):
         twin = _tied_twin(adapter, base, name, parts, found)
@@ -378,6 +390,13 @@ def _bind_full(adapter: Adapter, base: Checkpoint, binding: Binding, weight: str
             tensor=weight,
             mend="a resized vocabulary cannot be merged yet",
         )
+    counts = {old.dtype, new.spec.dtype} - set(ARITHMETIC)
+    if counts and (len({old.dtype, new.spec.dtype}) > 1 or coeff not in (1.0, -1.0)):
+        raise UnsupportedError(
+            f"is {new.spec.dtype} in the adapter and {old.dtype} in {base.label}: it can only be copied as it is",
+            file=adapter.label,
+            tensor=weight,
+        )
     binding.add(weight, Replacement(new, coeff))
 
 
@@ -405,18 +424,24 @@ def _bind_rows(
 
 
 def _refuse_incomplete(adapter: Adapter, base: Checkpoint, adapted: set[str]) -> None:
+    """Refuse an adapter that lacks modules which its configuration targets."""
     targets = adapter.document.get("target_modules")
     narrowed = any(adapter.document.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if not isinstance(targets, list) or narrowed:
+    if narrowed or not targets or targets == "all-linear":
         return
+
+    def is_target(module: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, module) is not None
+        return any(module == target or module.endswith(f".{target}") for target in targets)
+
     modules = {module_of(weight) for weight in adapted}
     saved = adapter.document.get("modules_to_save") or []
     for name, spec in base.specs.items():
         module = module_of(name)
         if not name.endswith(".weight") or len(spec.shape) < 2 or module in modules:
             continue
-        named = any(module == target or module.endswith(f".{target}") for target in targets)
-        if named and not any(module.endswith(kept) for kept in saved):
+        if is_target(module) and not any(module.endswith(kept) for kept in saved):
             raise MismatchError(
                 "the adapter's configuration names it, but no tensor is for it",
                 file=adapter.label,

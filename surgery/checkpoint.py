@@ -7,7 +7,7 @@ Nothing is read until a tensor is looked at or the checkpoint is saved. ``checkp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,35 +266,47 @@ _QUANTISED_MARKS = (
 )  # fmt: skip
 
 
-def refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
-    """Refuse to compute on tensors whose values are codes, not numbers.
-
-    Args:
-        checkpoint: where they are.
-        names: the tensors that arithmetic would touch.
-
-    Raises:
-        UnsupportedError: one of them is quantised; the scheme is named.
-    """
+def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
+    """Map every module whose weight is stored as codes to the name of the scheme."""
     declared = (checkpoint.config or {}).get("quantization_config") or {}
     scheme = declared.get("quant_method") if isinstance(declared, dict) else None
     modules: dict[str, str] = {}
     for name in checkpoint.tensors:
         for mark, what in _QUANTISED_MARKS:
             if name.endswith("." + mark) or (mark.startswith("_") and name.endswith(mark)):
-                modules.setdefault(name.removesuffix(mark).rstrip("."), what)
+                modules.setdefault(name.removesuffix(mark).rstrip(".").removesuffix(".weight"), str(scheme or what))
                 break
+    return modules
+
+
+def quantised_error(checkpoint: Checkpoint, name: str, what: str) -> UnsupportedError:
+    """Compose the refusal of a quantised tensor."""
+    return UnsupportedError(
+        f"is quantised ({what}): its codes are not numbers to compute with",
+        file=checkpoint.label,
+        tensor=name,
+        mend="dequantise it first",
+    )
+
+
+def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to compute on tensors whose values are codes, not numbers.
+
+    Args:
+        checkpoint: where they are.
+        names: the tensors that arithmetic would touch; they need not be there.
+
+    Raises:
+        UnsupportedError: one of them is quantised; the scheme is named.
+    """
+    modules = quantised_modules(checkpoint)
     for name in names:
-        spec = checkpoint.tensors[name].spec
+        spec = checkpoint.tensors[name].spec if name in checkpoint.tensors else None
         found = modules.get(name.rpartition(".")[0]) or modules.get(name)
-        if found or (spec.dtype not in ARITHMETIC and spec.dtype.startswith("F")):
-            what = scheme or found or f"{spec.dtype} without scales"
-            raise UnsupportedError(
-                f"is quantised ({what}): its codes are not numbers to compute with",
-                file=checkpoint.label,
-                tensor=name,
-                mend="dequantise it first",
-            )
+        if found is None and spec and spec.dtype.startswith("F") and spec.dtype not in ARITHMETIC:
+            found = f"{spec.dtype} without scales"
+        if found:
+            raise quantised_error(checkpoint, name, found)
 
 
 def require_arithmetic(checkpoint: Checkpoint, names: Sequence[str]) -> None:

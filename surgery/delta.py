@@ -17,6 +17,7 @@ No file, no name rule and no PEFT configuration may enter this room.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +25,7 @@ from typing import Protocol
 import torch
 
 from surgery import numerics
-from surgery.errors import SurgeryError
+from surgery.errors import NumericError, SurgeryError
 from surgery.tensor import LazyTensor, TensorSpec
 
 
@@ -286,13 +287,21 @@ class Applied:
         updates: what to add, in any order: float64 sums do not depend on it beyond 2⁻⁵³.
         dtype: the output's dtype; the base's by default.
         allow_nonfinite: let NaN, Inf and overflow through.
+        labels: where the base and each update come from, for messages.
     """
 
     scratch = 0
 
     def __init__(
-        self, base: LazyTensor, updates: Sequence[Update], dtype: str | None = None, *, allow_nonfinite: bool = False
+        self,
+        base: LazyTensor,
+        updates: Sequence[Update],
+        dtype: str | None = None,
+        *,
+        allow_nonfinite: bool = False,
+        labels: Sequence[str] = (),
     ) -> None:
+        self._labels = labels
         self.base = base
         self.updates = tuple(updates)
         self.spec = TensorSpec(base.spec.name, dtype or base.spec.dtype, base.spec.shape)
@@ -334,7 +343,53 @@ class Applied:
         values = numerics.scratch("values", stop - start).copy_(base)
         for update in loaded:
             update.add_to(values, base, start)
-        numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
+        try:
+            numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
+        except NumericError as error:
+            raise error.at(file=self._culprit(loaded, base, start)) from None
+
+    def _culprit(self, loaded: Sequence[Loaded], base: torch.Tensor, start: int) -> str | None:
+        """Name the input that brought NaN or Inf; the base where a sum overflows."""
+        if not self._labels:
+            return None
+        for label, update in zip(self._labels[1:], loaded, strict=True) if base.isfinite().all() else ():
+            values = base.clone()
+            update.add_to(values, base, start)
+            if not values.isfinite().all():
+                return label
+        return self._labels[0]
+
+
+class Checked:
+    """A tensor copied as bytes, and refused if it holds NaN or Inf.
+
+    Args:
+        source: the tensor, of a dtype that surgery computes with.
+        label: where it comes from, for the message.
+    """
+
+    def __init__(self, source: LazyTensor, label: str) -> None:
+        self.source = source
+        self.spec = source.spec
+        self.unit, self.scratch, self.resident = source.unit, source.scratch, source.resident
+        self._label = label
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read the range and look at it.
+
+        Raises:
+            NumericError: a value is NaN or infinite.
+        """
+        self.source.read_into(start, stop, out)
+        values = numerics.view(self.spec, out, stop - start)
+        if not math.isfinite(float(values.sum(dtype=torch.float64))):
+            count = int(values.numel() - values.isfinite().sum())
+            raise NumericError(
+                f"{count:,} values are NaN or infinite",
+                file=self._label,
+                tensor=self.spec.name,
+                mend="--allow-nonfinite lets them through",
+            )
 
 
 class Cast:
@@ -344,16 +399,20 @@ class Cast:
         source: the tensor, of a dtype that surgery computes with.
         dtype: the new dtype.
         allow_nonfinite: let NaN, Inf and overflow through.
+        label: where it comes from, for messages.
     """
 
     scratch = 0
     unit = 1
 
-    def __init__(self, source: LazyTensor, dtype: str, *, allow_nonfinite: bool = False) -> None:
+    def __init__(
+        self, source: LazyTensor, dtype: str, *, allow_nonfinite: bool = False, label: str | None = None
+    ) -> None:
         self.source = source
         self.unit = source.unit
         self.spec = TensorSpec(source.spec.name, dtype, source.spec.shape)
-        self._plain = Applied(source, (), dtype, allow_nonfinite=allow_nonfinite)
+        labels = () if label is None else (label,)
+        self._plain = Applied(source, (), dtype, allow_nonfinite=allow_nonfinite, labels=labels)
 
     @property
     def resident(self) -> int:

@@ -8,7 +8,8 @@ reverse order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,19 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if document is not None:
             provenance.check_schema(document)
     except SurgeryError as error:
-        raise error.at(file=path) from None
+        raise error.at(file=path / provenance.RECORD if path.is_dir() else path) from None
     return document
 
 
 def _entries(document: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     entries = document.get("adapters", [])
-    wanted = {"name": str, "fingerprint": str, "coeff": float, "step": int, "touched": list, "replaced": list}
-    for entry in entries if isinstance(entries, Sequence) else [None]:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-            raise FormatError("an entry of the record's adapters is malformed", file=path / provenance.RECORD)
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise FormatError("an entry of the record's adapters is malformed", file=path / provenance.RECORD)
     return [dict(entry) for entry in entries]
+
+
+def _is_entry(entry: Any) -> bool:
+    wanted = {"name": str, "fingerprint": str, "coeff": float, "step": int, "touched": list, "replaced": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+        return False
+    return math.isfinite(entry["coeff"]) and all(isinstance(n, str) for n in (*entry["touched"], *entry["replaced"]))

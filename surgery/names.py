@@ -196,8 +196,8 @@ def parse_renames(rules: Iterable[str]) -> dict[str, str]:
     parsed: dict[str, str] = {}
     for rule in rules:
         old, equals, new = rule.partition("=")
-        if not equals or not old:
-            raise UsageError(f"--rename takes OLD=NEW, not {rule!r}")
+        if not equals or not old or (not new and not old.endswith(".")):
+            raise UsageError(f"--rename takes OLD=NEW, or PREFIX.= to strip a prefix, not {rule!r}")
         if parsed.setdefault(old, new) != new:
             raise UsageError(f"--rename gives {old!r} two new names, {parsed[old]!r} and {new!r}")
     return parsed

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,6 @@ BLOCK = 1 << 17
 
 _EXTRA_BITS = {"BF16": 15, "F16": 12}
 """Trailing float32 significand bits that are all zero in every value halfway between two of the dtype's."""
-_FLOAT16_MAX = 65504.0
 
 _local = threading.local()
 T = TypeVar("T")
@@ -135,20 +135,11 @@ def narrow(values: torch.Tensor, spec: TensorSpec, out: memoryview, *, allow_non
     if not values.numel():
         return
     target = view(spec, out, values.numel())
-    if spec.dtype in ("F64", "F32"):
-        target.copy_(values)
-        checked = target
-    else:
-        checked = _round_to_odd(values, _EXTRA_BITS[spec.dtype])
-        target.copy_(checked)
-        if spec.dtype == "F16" and not allow_nonfinite:
-            low, high = checked.aminmax()
-            if max(-low.item(), high.item()) > _FLOAT16_MAX:
-                checked = target  # the sum below then meets the infinities that the cast made
+    target.copy_(values if spec.dtype in ("F64", "F32") else _round_to_odd(values, _EXTRA_BITS[spec.dtype]))
+    if allow_nonfinite:
+        return
     # One pass: a sum is finite unless a term is not (or, rarely, it overflows: then look closely).
-    if not allow_nonfinite and not torch.isfinite(
-        checked.sum(dtype=torch.float32 if checked.dtype != torch.float64 else None)
-    ):
+    if not math.isfinite(float(target.sum(dtype=torch.float64 if spec.dtype == "F64" else torch.float32))):
         _refuse_nonfinite(values, target)
 
 

@@ -162,7 +162,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     >>> sorted(["h.10.w", "h.2.w", "a"], key=natural)
     ['a', 'h.2.w', 'h.10.w']
     """
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return [(0, int(part)) if part.isdecimal() and len(part) < 10 else (1, part) for part in name.split(".")]
 
 
 def _weight_file(name: str) -> str:

@@ -201,5 +201,17 @@ def check_schema(document: Mapping[str, Any]) -> None:
         raise FormatError(
             f"its schema is {document.get('schema')!r}, this version reads {SCHEMA!r}", mend="use a later surgery"
         )
-    if not isinstance(document.get("tensors"), dict):
+    tensors = document.get("tensors")
+    if not isinstance(tensors, dict):
         raise FormatError("the record lists no tensors")
+    for name, entry in tensors.items():
+        prints = [entry.get("fingerprint"), entry.get("base", PLACEHOLDER)] if isinstance(entry, dict) else [None]
+        if not all(map(_is_fingerprint, prints)):
+            raise FormatError("the record's entry has no fingerprint of the kind that surgery writes", tensor=name)
+    base = document.get("base", {})
+    if not isinstance(base, dict) or not all(map(_is_fingerprint, base.values())):
+        raise FormatError("the record's base is not a mapping of names to fingerprints")
+
+
+def _is_fingerprint(value: object) -> bool:
+    return isinstance(value, str) and len(value) == len(PLACEHOLDER) and value.startswith(f"{ALGORITHM}:")

@@ -49,7 +49,9 @@ class Publication:
         text = os.fspath(out)
         if not text or "\0" in text:
             raise UsageError("the output path is empty" if not text else "the output path holds a NUL")
-        self.out = Path(os.path.abspath(Path(text).expanduser()))
+        self.out = Path(os.path.abspath(os.path.expanduser(text)))
+        if not self.out.name:
+            raise OutputError("a whole file system cannot be an output", file=text)
         self.single = self.out.suffix == ".safetensors"
         self.staging = self.out.with_name(f".{self.out.name}.surgery-tmp")
         self._old = self.out.with_name(f".{self.out.name}.surgery-old")
@@ -57,8 +59,6 @@ class Publication:
         self._overwrite = overwrite
         self._made_parents: list[Path] = []
         self._shown = text
-        if not self.out.name:
-            raise OutputError("a whole file system cannot be an output", file=text)
         for source in inputs:
             self._refuse_input(source)
         self._refuse_existing()

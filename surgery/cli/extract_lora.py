@@ -25,7 +25,7 @@ class Rank(click.ParamType[int | str]):
         text = str(value)
         if text == "full":
             return text
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
+        if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
             self.fail(f"{text!r} is not a rank: a whole number from 1, or 'full'", param, ctx)
         return int(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from surgery.cli import options, terminal
+from surgery.errors import printable
 from surgery.operations.info import info
 
 
@@ -28,7 +29,7 @@ def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     if quiet:
         click.echo(str(found.parameters))
         return
-    click.echo(found.label)
+    click.echo(printable(found.label))
     terminal.facts(found.facts())
     click.echo()
     terminal.table(found.all_tensors() if tensors else found.by_role())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from surgery.cli import options
 from surgery.cli.writing import write
-from surgery.errors import UsageError
+from surgery.errors import FormatError, UsageError
+from surgery.formats.safetensors import strict_object
 from surgery.sources import local
 
 
@@ -62,9 +61,9 @@ def _name_map(path: str | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        document = json.loads(local.read_small(local.resolve(path)))
-    except ValueError as error:
-        raise UsageError(f"--name-map is not JSON: {error}", file=path) from None
-    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
+        document = strict_object(local.read_small(local.resolve(path)))
+    except FormatError as error:
+        raise UsageError(f"--name-map: {error.what}", file=path) from None
+    if not all(isinstance(value, str) for value in document.values()):
         raise UsageError("--name-map must be a JSON object of names", file=path)
     return document

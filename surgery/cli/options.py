@@ -32,7 +32,7 @@ class Size(click.ParamType[int]):
         """Parse a size."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", value, re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?B?)", value, re.IGNORECASE)
         unit = found[2].upper() if found else ""
         if found and unit in {"K", "M", "G", "T"}:
             unit += "B"

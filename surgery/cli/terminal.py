@@ -6,6 +6,7 @@ Results go to stdout, talk to stderr. Colour and bars appear on terminals only, 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -23,7 +24,17 @@ from surgery.tensor import human_bytes
 
 def document(content: Mapping[str, Any]) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    """Put null where JSON has no number for a value, as in a configuration's Infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def say(text: str) -> None:

@@ -114,50 +114,88 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
         raise MismatchError(
             f"{CONFIG} sets {unknown[0]!r}, which may change the result", mend="remove it if it does not"
         )
+    _names(document, "modules_to_save")
+    if isinstance(document.get("target_modules"), str):
+        check_expression(document["target_modules"], "target_modules")
+    else:
+        _names(document, "target_modules")
     return LoraConfig(
         r=_integer(document, "r"),
         alpha=_number(document, "lora_alpha"),
         use_rslora=_flag(document, "use_rslora"),
         use_dora=_flag(document, "use_dora"),
         fan_in_fan_out=_flag(document, "fan_in_fan_out"),
-        rank_pattern={key: int(value) for key, value in _numbers(document, "rank_pattern").items()},
-        alpha_pattern=_numbers(document, "alpha_pattern"),
+        rank_pattern=_numbers(document, "rank_pattern", whole=True),
+        alpha_pattern=_numbers(document, "alpha_pattern", whole=False),
         token_indices=_token_indices(document.get("trainable_token_indices")),
         base_name=document.get("base_model_name_or_path"),
     )
 
 
+LARGEST = 10**9
+"""Ranks and scales beyond this are mistakes, and beyond float64 they are not even numbers."""
+
+
 def _integer(document: Mapping[str, Any], key: str) -> int:
     value = document.get(key)
     if type(value) is not int or value < 1:
-        raise MismatchError(f"{CONFIG} gives {key} = {value!r}, a rank of 1 or more is needed")
+        raise MismatchError(f"{CONFIG} gives {key} = {value!r:.40}, a rank of 1 or more is needed")
+    if value > LARGEST:
+        raise FormatError(f"{CONFIG} gives {key} a value of {len(str(value))} digits")
     return value
 
 
 def _number(document: Mapping[str, Any], key: str) -> float:
     value = document.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise MismatchError(f"{CONFIG} gives {key} = {value!r}, so the scale is not known")
+    if value is None:
+        raise MismatchError(f"{CONFIG} gives no {key}, so the scale is not known")
+    if not _is_number(value):
+        raise MismatchError(f"{CONFIG} gives {key} = {value!r:.40}, so the scale is not known")
+    if abs(value) > LARGEST:
+        raise FormatError(f"{CONFIG} gives {key} = {str(value)[:20]}…, beyond {LARGEST:,}")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def _flag(document: Mapping[str, Any], key: str) -> bool:
     value = document.get(key, False)
     if type(value) is not bool and value is not None:
-        raise FormatError(f"{CONFIG} gives {key} = {value!r}, true or false is needed")
+        raise FormatError(f"{CONFIG} gives {key} = {value!r:.40}, true or false is needed")
     return bool(value)
 
 
-def _numbers(document: Mapping[str, Any], key: str) -> dict[str, float]:
+def _numbers(document: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]:
     value = document.get(key) or {}
-    if type(value) is not dict or not all(type(item) in (int, float) and item > 0 for item in value.values()):
+    if type(value) is not dict:
         raise FormatError(f"{CONFIG} gives a {key} that does not map names to numbers")
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise FormatError(f"{CONFIG} has {pattern!r} in {key}, not a regular expression: {error}") from None
+    for pattern, number in value.items():
+        if not _is_number(number) or (whole and type(number) is not int) or not 0 < number <= LARGEST:
+            raise FormatError(f"{CONFIG} gives {pattern!r:.60} the value {str(number)[:20]} in {key}")
+        check_expression(pattern, key)
     return value
+
+
+def check_expression(pattern: str, key: str) -> None:
+    """Refuse what is no regular expression, or could take exponential time to match.
+
+    Raises:
+        FormatError: either.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FormatError(f"{CONFIG} has {pattern!r:.60} in {key}, not a regular expression: {error}") from None
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+]|,\}", pattern)) > 4:
+        raise FormatError(f"{CONFIG} has {pattern!r:.60} in {key}, which could take for ever to match")
+
+
+def _names(document: Mapping[str, Any], key: str) -> None:
+    value = document.get(key)
+    if value is not None and not (isinstance(value, list) and all(type(item) is str for item in value)):
+        raise FormatError(f"{CONFIG} gives a {key} that is no list of names")
 
 
 def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:

@@ -12,13 +12,15 @@ Nothing here opens a file, and nothing here knows what a torch tensor is.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from surgery.errors import FormatError, MismatchError, UnsafeError, UnsupportedError
 from surgery.tensor import BITS, TensorSpec
@@ -60,25 +62,26 @@ def header_length(prefix: bytes, file_size: int) -> int:
             f"a safetensors file starts with 8 bytes of header length, this one has {file_size}",
             mend="fetch it again, the download is incomplete",
         )
-    for magic, kind in (
-        (b"PK\x03\x04", "a zip archive, as torch.save writes"),
-        (b"\x80\x02", "a pickle"),
-        (b"\x80\x04", "a pickle"),
-        (b"GGUF", "a GGUF file"),
-        (b"\x89HDF", "an HDF5 file"),
-        (b"version ", "a Git LFS pointer, not the file itself"),
-    ):
-        if prefix.startswith(magic):
-            raise FormatError(f"not safetensors but {kind}", mend="give it its own extension, or fetch the real file")
     (length,) = struct.unpack("<Q", prefix)
     if length > HEADER_LIMIT:
-        raise FormatError(f"header length {length:,} exceeds the limit of {HEADER_LIMIT:,} bytes")
+        raise FormatError(f"header length {length:,} exceeds the limit of {HEADER_LIMIT:,} bytes{_hint(prefix)}")
     if 8 + length > file_size:
         raise FormatError(
-            f"header needs {8 + length:,} bytes, the file has {file_size:,}",
+            f"header needs {8 + length:,} bytes, the file has {file_size:,}{_hint(prefix)}",
             mend="fetch it again, the download is incomplete",
         )
     return int(length)
+
+
+_KINDS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 file"),
+    (b"version ", "a Git LFS pointer, not the file itself"), (b"\x80", "a pickle"),
+)  # fmt: skip
+
+
+def _hint(start: bytes) -> str:
+    """Say what a file that is no safetensors file looks like. Never asked of one that could be."""
+    return next((f": it looks like {kind}" for magic, kind in _KINDS if start.startswith(magic)), "")
 
 
 def parse_header(raw: bytes, file_size: int) -> Header:
@@ -112,6 +115,8 @@ def _without_collector() -> Iterator[None]:
 
 def _parse_header(raw: bytes, file_size: int) -> Header:
     document = _strict_json(raw)
+    if isinstance(document, _Repeated):
+        raise FormatError("the name stands twice in the header", tensor=document.key)
     if type(document) is not dict:
         raise FormatError("the header is not a JSON object")
     metadata = _metadata(document.pop(METADATA_KEY, None))
@@ -128,19 +133,37 @@ def _parse_header(raw: bytes, file_size: int) -> Header:
     return Header(specs, {name: start + low for low, _, name in spans}, metadata)
 
 
+class _NotASize:
+    """A number that no size can be: refused where the tensor it stands in is known."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text if len(text) <= 20 else f"{text[:20]}…"
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a key stands twice."""
+
+    key = ""
+
+
 def _strict_json(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"the header is not UTF-8 at byte {8 + error.start}") from None
     if not text.startswith("{"):
-        raise FormatError("the header does not start with '{'")
+        raise FormatError("the header does not start with '{'" + _hint(raw))
+    # Python's own conversion is fast; only signs and long numbers need a second look.
+    integer = _integer if re.search(rb"-|\d{20}", raw) else None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_no_float, parse_constant=_no_float)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_float=_NotASize, parse_constant=_NotASize, parse_int=integer
+        )
     except json.JSONDecodeError as error:
         raise FormatError(f"the header is not JSON: {error.msg} at byte {8 + error.pos}") from None
-    except ValueError:  # Python's own limit of 4,300 digits
-        raise FormatError("the header holds a number that no size can be") from None
     except RecursionError:
         raise FormatError("the header nests too deeply") from None
 
@@ -149,7 +172,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    raise FormatError("the name stands twice in the header", tensor=_first_repeated(pairs))
+    repeated = _Repeated(result)
+    repeated.key = _first_repeated(pairs)
+    return repeated
 
 
 def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
@@ -161,8 +186,8 @@ def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
     raise AssertionError
 
 
-def _no_float(text: str) -> NoReturn:
-    raise FormatError(f"the header holds {text}, where only whole numbers may stand")
+def _integer(text: str) -> Any:
+    return _NotASize(text) if text.startswith("-") or len(text) > 20 else int(text)
 
 
 def _metadata(value: Any) -> dict[str, str]:
@@ -170,6 +195,10 @@ def _metadata(value: Any) -> dict[str, str]:
         return {}
     if type(value) is not dict or not all(type(item) is str for item in value.values()):
         raise FormatError("__metadata__ is not a mapping of strings to strings")
+    try:
+        "".join(itertools.chain(*value.items())).encode("utf-8")
+    except UnicodeEncodeError:
+        raise FormatError("__metadata__ holds text that is not valid Unicode") from None
     return value
 
 
@@ -191,6 +220,8 @@ def check_name(name: str) -> None:
 
 def _entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     check_name(name)
+    if isinstance(entry, _Repeated):
+        raise FormatError(f"its header entry has the field {entry.key!r} twice", tensor=name)
     if type(entry) is not dict:
         raise FormatError("its header entry is not an object", tensor=name)
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -280,6 +311,8 @@ def parse_index(raw: bytes) -> dict[str, str]:
     """
     document = strict_object(raw)
     weight_map = document.get("weight_map")
+    if isinstance(weight_map, _Repeated):
+        raise FormatError("stands twice in the weight_map", tensor=weight_map.key)
     if type(weight_map) is not dict or not weight_map:
         raise FormatError("the index has no weight_map that maps tensors to files")
     for name, shard in weight_map.items():
@@ -297,23 +330,20 @@ def parse_index(raw: bytes) -> dict[str, str]:
 def strict_object(raw: bytes) -> dict[str, Any]:
     """Parse a JSON object, refusing duplicate keys and anything that is not UTF-8 or not an object."""
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise FormatError(f"not JSON: {error.msg} at line {error.lineno}") from None
+    except ValueError:  # Python's own limit of 4,300 digits
+        raise FormatError("holds a number of thousands of digits") from None
     except RecursionError:
         raise FormatError("nests too deeply") from None
-    if type(document) is not dict:
+    if not isinstance(document, dict):
         raise FormatError("not a JSON object")
+    if isinstance(document, _Repeated):
+        raise FormatError(f"the key {document.key!r} stands twice")
     return document
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise FormatError(f"the key {_first_repeated(pairs)!r} stands twice")
-    return result
 
 
 def build_index(shards: Mapping[str, Iterable[TensorSpec]]) -> bytes:

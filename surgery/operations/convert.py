@@ -61,7 +61,7 @@ def convert(
             raise MismatchError(
                 f"two tensors would be called so, {old!r} among them", tensor=new, mend="change --rename"
             )
-        tensors[new] = _cast(renamed(checkpoint.tensors[old], new), dtype, allow_nonfinite)
+        tensors[new] = _cast(renamed(checkpoint.tensors[old], new), dtype, allow_nonfinite, checkpoint.label)
     changed = sum(tensors[new].spec.dtype != checkpoint.tensors[old].spec.dtype for old, new in names.items())
     return Checkpoint(
         tensors,
@@ -83,12 +83,12 @@ def _is_float(spec: TensorSpec) -> bool:
     return spec.dtype.startswith(("F", "BF"))
 
 
-def _cast(tensor: LazyTensor, dtype: str | None, allow_nonfinite: bool) -> LazyTensor:
+def _cast(tensor: LazyTensor, dtype: str | None, allow_nonfinite: bool, label: str) -> LazyTensor:
     if dtype is None or not _is_float(tensor.spec) or tensor.spec.dtype == dtype:
         return tensor
     from surgery.delta import Cast  # only casting pays for torch
 
-    return Cast(tensor, dtype, allow_nonfinite=allow_nonfinite)
+    return Cast(tensor, dtype, allow_nonfinite=allow_nonfinite, label=label)
 
 
 def _refuse_idle_rules(rules: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -16,7 +16,16 @@ import torch
 
 from surgery import execute
 from surgery.adapter import Adapter
-from surgery.checkpoint import Checkpoint, Source, default_jobs, open_checkpoint, require_arithmetic
+from surgery.checkpoint import (
+    Checkpoint,
+    Source,
+    default_jobs,
+    open_checkpoint,
+    quantised_error,
+    quantised_modules,
+    refuse_quantised,
+    require_arithmetic,
+)
 from surgery.errors import MismatchError, UsageError
 from surgery.names import align, parse_patterns, parse_renames, select
 from surgery.report import join_shown
@@ -187,13 +196,21 @@ def plan_extraction(
             file=after.label,
             mend="--rename OLD=NEW brings names together",
         )
+    for side, names in ((before, {n: n for n in before.tensors}), (after, alignment.names)):
+        codes = quantised_modules(side)
+        if codes and not target:
+            module = min(codes)
+            inside = [name for name in side.tensors if name.rpartition(".")[0] == module]
+            raise quantised_error(side, names.get(inside[0], inside[0]) if inside else module, codes[module])
+        refuse_quantised(side, [old for old, new in names.items() if new in found.tuned])
     _note_unpaired(found, before.tensors.keys() - renamed_tuned.keys(), renamed_tuned.keys() - before.tensors.keys())
     _sort_tensors(found, target, exclude)
     return found
 
 
 def _refuse_same(before: Checkpoint, after: Checkpoint) -> None:
-    same_files = before.stored and {s.path for s in before.stored} == {s.path for s in after.stored}
+    files = [{file.identity for s in side.stored for file in s.files} for side in (before, after)]
+    same_files = files[0] and files[0] == files[1]
     if before is after or (same_files and before.origin is None and after.origin is None):
         raise UsageError("base and fine-tune are the same files", file=after.label)
 
@@ -208,8 +225,8 @@ def _common_dtype(checkpoint: Checkpoint) -> str:
 
 def _device(name: str) -> str:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return name
 

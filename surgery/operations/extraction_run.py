@@ -37,7 +37,8 @@ ROWS_SHARE = 0.25
 class Pair:
     """One tensor before and after, read once, block by block, and fingerprinted on the way."""
 
-    def __init__(self, base: LazyTensor, tuned: LazyTensor) -> None:
+    def __init__(self, base: LazyTensor, tuned: LazyTensor, labels: tuple[str, str]) -> None:
+        self._labels = labels
         self.base = provenance.Traced(base)
         self.tuned = provenance.Traced(tuned)
         self.spec = base.spec
@@ -64,9 +65,9 @@ class Pair:
             old = numerics.widen(self.base, start, stop, numerics.scratch("old", stop - start))
             delta = numerics.widen(self.tuned, start, stop, numerics.scratch("delta", stop - start)).sub_(old)
             if not math.isfinite(float(delta.sum())):
-                which = "the fine-tune" if torch.isfinite(old).all() else "the base"
+                where = self._labels[bool(old.isfinite().all())]
                 raise NumericError(
-                    f"{which} holds NaN or Inf", tensor=spec.name, mend="--exclude it, or mend the model"
+                    "holds NaN or Inf", file=where, tensor=spec.name, mend="--exclude it, or mend the model"
                 )
             self.weight_energy += float(old @ old)
             yield start, old, delta
@@ -80,6 +81,8 @@ class Pair:
         flat = numerics.scratch("matrix", self.spec.numel, torch.float32)
         for start, _, delta in self.blocks():
             flat[start : start + delta.numel()] = delta
+        if not math.isfinite(float(flat.abs().max())):
+            raise NumericError("the difference overflows float32", file=self._labels[1], tensor=self.spec.name)
         return flat.view(self.spec.shape)
 
 
@@ -151,7 +154,7 @@ class Run:
         order = sorted(work, key=lambda name: -plan.base.tensors[name].spec.numel)
 
         def examine(name: str) -> Found:
-            pair = Pair(plan.base.tensors[name], plan.tuned[name])
+            pair = Pair(plan.base.tensors[name], plan.tuned[name], (plan.base.label, plan.tuned_label))
             try:
                 found = work[name](pair)
             except SurgeryError as error:
@@ -194,6 +197,10 @@ class Run:
     def _store(self, key: str, values: torch.Tensor) -> tuple[torch.Tensor, LazyTensor]:
         """Round a factor to the adapter's dtype and put it into the spool."""
         rounded = numerics.round_scalar(values, self.plan.dtype).contiguous()
+        if not rounded.isfinite().all():
+            raise NumericError(
+                f"its factors overflow {self.plan.dtype}", file=self.plan.tuned_label, mend="--dtype F32"
+            )
         spec = TensorSpec(key, self.plan.dtype, tuple(rounded.shape))
         return rounded, self.spool.add(spec, rounded.view(torch.uint8).numpy().tobytes())
 

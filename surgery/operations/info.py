@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,11 +141,13 @@ def _observations(checkpoint: Checkpoint) -> list[str]:
     stems: dict[str, set[int]] = {}
     for block in blocks:
         stem, _, number = block.rpartition(".")
-        stems.setdefault(stem, set()).add(int(number))
+        if len(number) < 10:
+            stems.setdefault(stem, set()).add(int(number))
     for stem, numbers in sorted(stems.items()):
-        gaps = sorted(set(range(max(numbers) + 1)) - numbers)
-        if gaps and len(numbers) > 1:
-            notes.append(f"{stem} has no block {', '.join(map(str, gaps[:5]))}")
+        missing = max(numbers) + 1 - len(numbers)
+        if missing and len(numbers) > 1:
+            first = next(number for number in itertools.count() if number not in numbers)
+            notes.append(f"{stem} lacks {missing:,} blocks, the first of them {first}")
     declared = config.get("num_hidden_layers")
     largest = max((len(numbers) for numbers in stems.values()), default=0)
     if isinstance(declared, int) and largest and largest < declared:

@@ -13,10 +13,10 @@ import numpy as np
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, is_adapter, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
-from surgery.delta import Applied, Cast, Replacement, Update
+from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
-from surgery.tensor import BytesTensor, LazyTensor, TensorSpec, renamed
+from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
 AdapterSource = str | os.PathLike[str] | Adapter
 
@@ -71,7 +71,7 @@ def merge(
     ]
     work = Work(checkpoint, history_of(checkpoint), opened, coeffs, bindings, allow_base_mismatch)
     work.check_not_merged_yet()
-    require_arithmetic(checkpoint, sorted(work.touched))
+    require_arithmetic(checkpoint, sorted(work.touched - work.copied))
     tensors = {name: work.output(name, allow_nonfinite) for name in checkpoint.tensors}
     counts = {"merged": len(work.touched), "copied": len(tensors) - len(work.touched)}
     return Checkpoint(
@@ -133,9 +133,11 @@ class Work:
         self.coeffs = coeffs
         self.bindings = bindings
         self.updates: dict[str, list[Update]] = {}
-        for binding in bindings:
+        self._labels: dict[str, list[str]] = {}
+        for adapter, binding in zip(adapters, bindings, strict=True):
             for name, updates in binding.updates.items():
                 self.updates.setdefault(name, []).extend(updates)
+                self._labels.setdefault(name, [base.label]).extend([adapter.label] * len(updates))
         self.traced = {name: provenance.Traced(base.tensors[name]) for name in self.updates}
         self._allow_base_mismatch = allow_base_mismatch
         self._prints = [adapter.fingerprint() for adapter in adapters]
@@ -145,16 +147,22 @@ class Work:
         """Names of the weights that change."""
         return set(self.updates)
 
+    @property
+    def copied(self) -> set[str]:
+        """Names of the weights that become copies of one adapter's tensor."""
+        return {name for name, updates in self.updates.items() if _is_copy(updates)}
+
     def output(self, name: str, allow_nonfinite: bool) -> LazyTensor:
         """Compose one output tensor."""
         if name not in self.updates:
             return self.base.tensors[name]
         spec = self.base.tensors[name].spec
-        (first, *others) = self.updates[name]
-        if isinstance(first, Replacement) and not others and first.coeff == 1.0:
-            # base + 1·(new − base) is new: no arithmetic, and bit-identical where the dtype is the same.
-            return take(first.new, spec, allow_nonfinite=allow_nonfinite)
-        return Applied(self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite)
+        first = self.updates[name][0]
+        if isinstance(first, Replacement) and _is_copy(self.updates[name]):
+            return take(first.new, spec, self._labels[name][1], allow_nonfinite=allow_nonfinite)
+        return Applied(
+            self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite, labels=self._labels[name]
+        )
 
     def originals(self) -> dict[str, LazyTensor]:
         """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
@@ -188,6 +196,7 @@ class Work:
                     file=self.base.label,
                     mend="--allow-base-mismatch merges it again",
                 )
+            inside.add(fingerprint)
 
     def record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """Compose the provenance record, and refuse adapters that were taken from another base.
@@ -256,12 +265,17 @@ class Work:
                 )
 
 
-def take(tensor: LazyTensor, spec: TensorSpec, *, allow_nonfinite: bool = False) -> LazyTensor:
+def _is_copy(updates: Sequence[Update]) -> bool:
+    """Say whether base + Σ c·Δ is just one new tensor: no arithmetic, and bit-identical where the dtype is the same."""
+    return len(updates) == 1 and isinstance(updates[0], Replacement) and updates[0].coeff == 1.0
+
+
+def take(tensor: LazyTensor, spec: TensorSpec, label: str, *, allow_nonfinite: bool = False) -> LazyTensor:
     """Put ``tensor``'s values under ``spec``'s name and dtype: as bytes where the dtype is the same, rounded otherwise."""
     named = renamed(tensor, spec.name)
-    if named.spec.dtype == spec.dtype:
-        return named
-    return Cast(named, spec.dtype, allow_nonfinite=allow_nonfinite)
+    if named.spec.dtype != spec.dtype:
+        return Cast(named, spec.dtype, allow_nonfinite=allow_nonfinite, label=label)
+    return named if allow_nonfinite or spec.dtype not in ARITHMETIC else Checked(named, label)
 
 
 def original_rows(tensor: LazyTensor, rows: Sequence[int], step: int) -> dict[str, LazyTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Dense, LowRank, Rows, Update
-from surgery.errors import MismatchError
+from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
 from surgery.report import join_shown
 from surgery.tensor import LazyTensor, read_bytes
@@ -53,6 +54,8 @@ def unmerge(
     >>> torch.allclose(restored["q_proj.weight"], base["q_proj.weight"])
     True
     """
+    if coeff is not None and not math.isfinite(coeff):
+        raise UsageError("a coefficient is not a finite number")
     checkpoint, opened = open_checkpoint(merged), open_adapter(adapter)
     history = history_of(checkpoint)
     entry = _find(checkpoint, opened, history)
@@ -63,7 +66,8 @@ def unmerge(
             f"was merged with coefficient {entry['coeff']}, not {coeff}", file=opened.label, mend="drop --coeff"
         )
     binding = bind(opened, checkpoint, coeff=-coeff, name_map=name_map, allow_incomplete=True)
-    require_arithmetic(checkpoint, sorted(binding.updates))
+    if base is None:
+        require_arithmetic(checkpoint, sorted(binding.updates.keys() - binding.replaced))
     _refuse_later(history, entry, binding, checkpoint, from_base=base is not None)
     work = _Work(checkpoint, history, opened, entry, binding)
     tensors = work.from_base(open_checkpoint(base)) if base is not None else work.by_subtraction()

@@ -68,6 +68,11 @@ class OpenFile:
                 )
             done += count
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and number of the file, the same however it is called."""
+        return self._identity[:2]
+
     def check_unchanged(self) -> None:
         """Refuse if the file was replaced, truncated or rewritten since it was opened.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, MismatchError, SurgeryError, UnsafeError, UsageError
+from surgery.errors import FormatError, MismatchError, SurgeryError, UnsafeError, UsageError, printable
 from surgery.formats import pickle, safetensors
 from surgery.names import unwrap
 from surgery.sources.files import FileTensor, OpenFile
@@ -81,6 +81,8 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
         _open_folder(stored, adapter=adapter, follow_links=follow_links)
     else:
         add_file(stored, path, path.name)
+    if adapter and not stored.tensors:
+        raise FormatError("holds no tensors", file=path)
     return stored
 
 
@@ -98,17 +100,21 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
         raise UsageError(
             f"{scheme[1]}:// references are not read yet", file=text, mend="download it and pass the folder"
         )
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not os.path.lexists(path):
         hint = "surgery reads local paths: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else None
         raise UsageError("no such file or folder", file=text, mend=hint)
-    return Path(os.path.realpath(path))
+    if path.is_dir():
+        return Path(os.path.realpath(path))
+    # A file keeps the name it was called by: in a Hugging Face cache it is a link to a blob, whose name says nothing.
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def _label(ref: str | os.PathLike[str], path: Path) -> str:
     """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
     cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
-    return cached[1].replace("--", "/") if cached else os.path.basename(os.path.abspath(os.path.expanduser(ref)))
+    name = cached[1].replace("--", "/") if cached else os.path.basename(os.path.abspath(os.path.expanduser(ref)))
+    return printable(name)
 
 
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -33,6 +34,11 @@ _SPARE_LAYERS = 1000
 """A configuration may ask for this many layers more than there are tensors, lest a stranger's number fill the memory."""
 
 _LOCK = threading.Lock()
+
+
+def available() -> bool:
+    """Say whether transformers is installed, without importing it; its version is checked by :func:`module_names`."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 def module_names(config: Mapping[str, Any], on_disk: Collection[str]) -> dict[str, str]:
