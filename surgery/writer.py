@@ -50,6 +50,8 @@ class Publication:
         if not text or "\0" in text:
             raise UsageError("the output path is empty" if not text else "the output path holds a NUL")
         self.out = Path(os.path.abspath(os.path.expanduser(text)))
+        if os.path.expanduser(text).startswith("~"):
+            raise UsageError("there is no such home", file=text)
         if not self.out.name:
             raise OutputError("a whole file system cannot be an output", file=text)
         self.single = self.out.suffix == ".safetensors"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import MismatchError
-from surgery.sources.module_names import module_names
+from surgery.sources.module_names import available, module_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +39,7 @@ MODELS = {
     "ViTForImageClassification": IMAGE,
     "ViTModel": IMAGE,
     "Dinov2Model": {**IMAGE, "use_swiglu_ffn": True},
+    "DINOv3ViTModel": IMAGE,
     "CLIPModel": {"projection_dim": 4, "text_config": TEXT, "vision_config": IMAGE},
     "LlavaForConditionalGeneration": {
         "text_config": {**GQA, "model_type": "llama"},
@@ -195,9 +196,18 @@ def test_names_that_are_in_memory_form_already_stay(tmp_path, name):
     assert module_names(config, memory) == {tensor: tensor for tensor in memory}
 
 
-def test_the_order_of_names_does_not_matter(tmp_path):
-    config, disk = save(build("LlavaForConditionalGeneration"), tmp_path)
-    assert module_names(config, list(disk)) == module_names(config, list(disk)[::-1])
+@pytest.mark.parametrize("order", [1, -1])
+def test_renamings_that_depend_on_what_came_before_do_not_depend_on_the_order_of_names(order):
+    # Each number moves up by one, but only if there is a norm0: norm1 alone would already be the name in memory.
+    config = {
+        "model_type": "kimi_k25", "architectures": ["Kimi_K25ForConditionalGeneration"],
+        "text_config": {**GQA, "model_type": "llama"}, "vision_config": IMAGE,
+    }  # fmt: skip
+    pairs = {
+        f"vision_tower.encoder.blocks.0.norm{i}.weight": f"model.vision_tower.layers.0.norm{i + 1}.weight"
+        for i in (0, 1)
+    }
+    assert module_names(config, list(pairs)[::order]) == pairs
 
 
 def test_names_that_the_model_does_not_have_are_left_out():
@@ -280,7 +290,9 @@ def test_a_configuration_that_transformers_cannot_make_a_model_of_is_refused(cha
 
 @pytest.mark.parametrize("module", ["transformers", "transformers.conversion_mapping"])
 def test_without_transformers_5_the_extra_is_named(monkeypatch, module):
+    assert available()
     monkeypatch.setitem(sys.modules, module, None)
+    assert available() == (module != "transformers")
     with pytest.raises(MismatchError, match=r"pip install 'checkpoint-surgery\[hf\]'"):
         module_names(VIT, [QUERY])
 
@@ -356,6 +368,6 @@ def test_the_process_is_left_as_it_was_and_nothing_is_said(config):
 
 
 def test_importing_it_imports_neither_transformers_nor_torch():
-    code = "import sys, surgery.sources.module_names; print(*({'transformers', 'torch'} & sys.modules.keys()))"
+    code = "import sys, surgery.sources.module_names as m; m.available(); print(*({'transformers', 'torch'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "")

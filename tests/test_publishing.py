@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import importlib
 import json
 import os
@@ -72,7 +73,6 @@ def model(folder, seed, shards):
         index = {"metadata": {"total_size": sum(len(t[2]) for t in tensors.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
-    (folder / "tokenizer.json").write_text(json.dumps({"seed": seed}))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"seed": seed}))
     return folder
@@ -164,6 +164,12 @@ class Tap:
     FULL_DISK = ("open to create", "mkdir", "write", "pwrite", "rewrite", "ftruncate", "posix_fallocate", "fsync",
                  "rename", "replace", "renameat2")  # fmt: skip
     """Calls that a full disk, or a quota, can fail."""
+    STRUCK = {
+        "torn": {"write", "pwrite", "rewrite"},
+        "ENOSPC": FULL_DISK,
+        "EIO": {*CALLS, *FULL_DISK, "reopen"},
+        "short": set(),
+    }
     RENAMES = ("rename", "replace", "renameat2")
 
     def __init__(self, mode, at):
@@ -179,7 +185,7 @@ class Tap:
     def install(self, *, exchange):
         for name in self.CALLS:
             setattr(os, name, self._tapped(name, getattr(os, name)))
-        writer.open = self._tapped("reopen", lambda *args: Rewriter(self, open(*args), args[0]))
+        writer.open = self._tapped("reopen", lambda *args: Rewriter(self, *args))
         rename2 = writer._rename2
         writer._rename2 = self._tapped("renameat2", rename2) if exchange else lambda *args: False
         enter = writer.Publication.__enter__
@@ -195,7 +201,7 @@ class Tap:
         def call(*args, **options):
             if not self._armed:
                 return real(*args, **options)
-            kind = "open to create" if name == "open" and args[1] & os.O_CREAT else name
+            kind = self._kind(name, args)
             self.calls.append(kind)
             if len(self.calls) == self.at:
                 self._strike(kind, real, args)
@@ -210,6 +216,12 @@ class Tap:
             return result
 
         return call
+
+    @staticmethod
+    def _kind(name, args):
+        if name == "open" and args[1] & os.O_CREAT:
+            return "open to create"
+        return "mkdir again" if name == "mkdir" and os.path.isdir(args[0]) else name
 
     def _strike(self, kind, real, args):
         if self.mode == "torn" and kind in ("write", "pwrite", "rewrite"):
@@ -245,8 +257,8 @@ class Tap:
 class Rewriter:
     """A file that was opened again, tapped."""
 
-    def __init__(self, tap, file, path):
-        self._file = file
+    def __init__(self, tap, path, mode):
+        self._file = open(path, mode)  # noqa: SIM115  closed with the context
         self._path = path
         self._write = tap._tapped("rewrite", lambda path, data: self._file.write(data) and self._file.flush())
 
@@ -295,6 +307,8 @@ class Job:
     """Where a copy of the old output lies; ``None`` for a fresh one."""
     exchange: bool = True
     naive: bool = False
+    stride: int = 1
+    """Strike at every ``stride``-th call, and at those around the last rename."""
 
 
 class Driver:
@@ -312,9 +326,10 @@ class Driver:
         calls = whole["calls"]
         found = {"calls": calls, "unsynced": whole["unsynced"], "points": []}
         for mode in self.job.modes:
-            for at in range(1, len(calls) + 1):
-                relevant = {"torn": ("write", "pwrite", "rewrite"), "ENOSPC": Tap.FULL_DISK}.get(mode)
-                if mode != "short" and (relevant is None or calls[at - 1] in relevant):
+            relevant = Tap.STRUCK.get(mode, set(calls))
+            for at, call in enumerate(calls, 1):
+                chosen = at % self.job.stride == 0 or abs(at - self._published_by(calls)) <= 2
+                if call in relevant and chosen:
                     found["points"].append(self._point(mode, at, calls))
             # The loop's end: one call further, nothing is left to strike at.
             beyond = self._point(mode, len(calls) + 1, calls)
@@ -328,14 +343,18 @@ class Driver:
         self.new, self.new_tensors = contents(self.out), loaded(self.out)
         return whole
 
+    @staticmethod
+    def _published_by(calls):
+        return max((at for at, call in enumerate(calls, 1) if call in Tap.RENAMES), default=len(calls))
+
     def _point(self, mode, at, calls):
         self._reset()
         argv = self.job.argv
         point = {"mode": mode, "at": at, "call": calls[at - 1] if at <= len(calls) else "none"}
-        last_rename = max((k for k, call in enumerate(calls, 1) if call in Tap.RENAMES), default=len(calls))
-        point |= {"published": at > last_rename, **self._attempt(argv, mode, at), **self._look()}
-        again = argv if self.job.old or point["state"] == "old" else [*argv, "--overwrite"]
-        point["rerun"] = {**self._attempt(again, "none", 0), **self._look()}
+        point |= {"published": at > self._published_by(calls), **self._attempt(argv, mode, at), **self._look()}
+        if mode in ("kill", "torn") or point["state"] != "old" or point["remains"]:
+            again = argv if self.job.old or point["state"] == "old" else [*argv, "--overwrite"]
+            point["rerun"] = {**self._attempt(again, "none", 0), **self._look()}
         return point
 
     def _reset(self):
@@ -420,20 +439,22 @@ def complaints(points):
             say(f"the output is {point['state']}, not {' or '.join(wanted)}")
         if not point["inputs_intact"]:
             say("an input changed")
-        if point["code"] != EXIT[mode] and not (point["published"] and point["code"] == 0):
+        if point["code"] not in ({EXIT[mode], 0, 8} if point["published"] and not killed else {EXIT[mode]}):
             say(f"exit {EXIT[mode]} was due")
-        # A fault while the rest is being cleared away, or in the clearing itself, may leave it to the next run.
+        # What cannot be cleared away once the output is there, the next run on it clears.
         clearing = point["call"] in ("unlink", "rmdir", "open") and point["published"]
-        if point["remains"] and not killed and not clearing and not point["published"]:
+        if point["remains"] and not killed and not clearing:
             say(f"left {point['remains']}")
-        if "Traceback" in point["said"] or point["said"].count("\n") > 1:
+        if "Traceback" in point["said"] or point["said"].strip().count("\n"):
             say("more than one line")
         if failed and point["code"] and not point["said"].startswith("surgery: error: "):
             say("no error line")
         if "nothing was published" in point["said"] and point["state"] == "new":
             say("what it says is not so")
-        rerun = point["rerun"]
-        if (rerun["code"], rerun["state"], rerun["remains"]) != (0, "new", []) or not rerun["inputs_intact"]:
+        rerun = point.get("rerun")  # there is none where all is as it was before the first run
+        if rerun and (
+            (rerun["code"], rerun["state"], rerun["remains"]) != (0, "new", []) or not rerun["inputs_intact"]
+        ):
             say(f"the next run gave {rerun['code']}, {rerun['state']}, left {rerun['remains']}, said {rerun['said']!r}")
     return found
 
@@ -450,6 +471,7 @@ def arrange(folder, kind):
     if kind == "merge into a folder":
         adapter(work / "adapter")
         job.inputs.append("adapter")
+        job.stride = 3
         job.argv = ["merge", "input", "adapter", "--overwrite"]
     else:
         job.argv = ["convert", "input"]
@@ -472,10 +494,10 @@ def arrange(folder, kind):
 
 KINDS = {
     "folder over a folder": ["kill", "torn", "ENOSPC", "EIO", "SIGTERM", "SIGINT", "short"],
-    "file over a file": ["kill", "torn", "ENOSPC", "EIO", "SIGTERM", "SIGINT", "short"],
-    "fresh folder": ["kill", "torn", "ENOSPC", "EIO", "SIGTERM", "SIGINT"],
-    "without an exchange": ["kill", "torn", "ENOSPC", "EIO", "SIGTERM"],
-    "merge into a folder": ["kill", "torn", "ENOSPC"],
+    "file over a file": ["kill", "torn", "ENOSPC", "EIO", "short"],
+    "fresh folder": ["kill", "ENOSPC", "EIO", "SIGTERM"],
+    "without an exchange": ["kill", "EIO", "SIGTERM"],
+    "merge into a folder": ["kill", "ENOSPC"],
 }
 SWEEPS = [(kind, mode) for kind, modes in KINDS.items() for mode in modes if mode != "short"]
 
@@ -488,27 +510,27 @@ def drive(job):
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """Explore a kind of run once, with all its modes."""
+def sweep():
+    """Explore a kind of run once, with all its modes: in memory, where there is such a folder, for speed."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
 
-    @functools.cache
-    def explored(kind):
-        job = arrange(tmp_path_factory.mktemp("sweep"), kind)
-        job.modes = KINDS[kind]
-        return drive(job)
+        @functools.cache
+        def explored(kind):
+            job = arrange(Path(folder) / kind.replace(" ", "-"), kind)
+            job.modes = KINDS[kind]
+            return drive(job)
 
-    return explored
+        yield explored
 
 
 @pytest.mark.parametrize(("kind", "mode"), SWEEPS, ids=lambda value: value.replace(" ", "-"))
 def test_a_fault_at_any_call_leaves_the_old_or_the_new_output_whole(sweep, kind, mode):
-    found = sweep(kind)
-    points = [point for point in found["points"] if point["mode"] == mode]
-    assert len(points) >= (10 if mode == "torn" else 25)
-    assert {"old", "new"} <= {point["state"] for point in points if mode not in ("torn", "ENOSPC")} | (
-        {"old", "new"} if mode in ("torn", "ENOSPC") else set()
-    )
-    assert complaints(points) == []
+    points = [point for point in sweep(kind)["points"] if point["mode"] == mode]
+    assert len(points) >= (8 if mode == "torn" else 15)
+    assert {point["published"] for point in points} == ({False} if mode == "torn" else {False, True})
+    found = complaints(points)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -518,10 +540,11 @@ def test_everything_is_synced_before_it_takes_the_outputs_name_and_the_name_afte
 
 def test_the_judge_sees_a_writer_that_publishes_in_place(tmp_path):
     job = arrange(tmp_path, "folder over a folder")
-    job.naive, job.modes = True, ["kill", "ENOSPC"]
+    shutil.rmtree(job.old)
+    model(Path(job.old), 2, shards=2)  # in files of the same names
+    job.naive, job.modes = True, ["torn"]
     points = drive(job)["points"]
-    killed = [point for point in points if point["mode"] == "kill"]
-    bad = [point for point in killed if point["state"] not in ("old", "new")]
+    bad = [point for point in points if point["state"] not in ("old", "new")]
     assert len(bad) >= 5
     assert any(point["state"] == "mixed" for point in bad)
     assert any(point["state"].startswith("unloadable") for point in bad)
@@ -587,7 +610,7 @@ def test_kills_spread_over_a_run_of_a_large_model_leave_the_old_or_the_new_outpu
     old_folder = large_model(tmp_path / "old", 2, 64)
     old = contents(old_folder)
     source = contents(work / "input")
-    staging, moments = work / ".out.surgery-tmp", 24
+    staging, moments = work / ".out.surgery-tmp", 22
     began = time.monotonic()
     process = start(*command, cwd=work)
     wait_for(staging, process)
@@ -602,11 +625,11 @@ def test_kills_spread_over_a_run_of_a_large_model_leave_the_old_or_the_new_outpu
             shutil.rmtree(work / "out", ignore_errors=True)
             shutil.copytree(old_folder, work / "out")
         process = start(*command, cwd=work)
-        if moment < 3:
-            time.sleep(entered * moment / 3)  # while it is still reading headers
+        if moment < 2:
+            time.sleep(entered * (moment + 1) / 3)  # while it is still reading headers
         else:
             wait_for(staging, process)
-            time.sleep(duration * (moment - 3) / (moments - 4) * 1.05)
+            time.sleep(duration * (moment - 2) / (moments - 3) * 1.05)
         process.kill()
         process.communicate()
         found = contents(work / "out")
@@ -614,7 +637,7 @@ def test_kills_spread_over_a_run_of_a_large_model_leave_the_old_or_the_new_outpu
         seen["old" if found == old else "new"] += 1
         seen["midway"] += staging.exists()
         fresh = found == new
-        if moment % 4 == 3:
+        if moment % 5 == 4:
             assert surgery(*command, cwd=work).returncode == 0
             assert contents(work / "out") == new
             assert remains(work, work / "out", ["input"]) == []
@@ -636,7 +659,7 @@ def test_a_run_that_is_told_to_stop_says_so_and_clears_up(tmp_path, name, code):
     assert process.returncode == code, err
     assert out == ""
     assert "Traceback" not in err
-    assert err.count("\n") <= 1
+    assert "\n" not in err.strip()
     assert contents(tmp_path / "out") == before
     assert remains(tmp_path, tmp_path / "out", ["input"]) == []
 
@@ -689,7 +712,7 @@ def test_the_umask_decides_who_may_read_an_output(tmp_path, mask):
             done = surgery("convert", "input", "-o", out, *options, cwd=tmp_path, umask=mask)
             assert done.returncode == 0, done.stderr
             members = [tmp_path / out, *(tmp_path / out).rglob("*")]
-            assert len(members) == (1 if out.endswith(".safetensors") else 9)
+            assert len(members) == (1 if out.endswith(".safetensors") else 8)
             for path in members:
                 assert path.stat().st_mode & 0o7777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
@@ -874,6 +897,20 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_nothing_stays(
     assert listing() == before
 
 
+def test_a_parent_that_somebody_else_makes_meanwhile_is_no_hindrance(tmp_path, cli, monkeypatch):
+    model(tmp_path / "input", 1, shards=1)
+    made = os.mkdir
+
+    def mkdir(path, *rest, **options):
+        if Path(path).name == "shared" and not os.path.exists(path):
+            made(path)
+        made(path, *rest, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert cli("convert", "input", "-o", "shared/out", "-q").code == 0
+    assert loaded(tmp_path / "shared" / "out") == loaded(tmp_path / "input")
+
+
 def test_a_full_disk_is_noticed_before_the_first_byte(tmp_path, cli, listing, monkeypatch):
     model(tmp_path / "input", 1, shards=2)
     adapter(tmp_path / "adapter")
@@ -928,12 +965,6 @@ def rewrite(path):
         file.write(bytes(8))
 
 
-def rewrite_and_backdate(path):
-    status = path.stat()
-    rewrite(path)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def truncate(path):
     os.truncate(path, path.stat().st_size - 64)
 
@@ -955,7 +986,7 @@ def replace(path):
     os.replace(path.with_suffix(".new"), path)
 
 
-CHANGES = [rewrite, rewrite_and_backdate, truncate, empty, append, replace]
+CHANGES = [rewrite, truncate, empty, append, replace]
 
 
 @pytest.mark.parametrize("shard", [1, 2])
@@ -1003,13 +1034,13 @@ def test_a_read_that_fails_stops_the_run_and_names_the_file(tmp_path, cli, monke
     read = os.preadv
 
     def failing(descriptor, buffers, offset):
-        if offset > 1000:
+        if offset > 100:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
     outcome = cli("convert", "input", "-o", "out", "-q")
-    assert_refused(outcome, 8, "of-00002.safetensors", "cannot be read")
+    assert_refused(outcome, 8, "of-00002.safetensors: ", "cannot be read at byte ")
     assert remains(tmp_path, tmp_path / "out", ["input"]) == []
 
 
@@ -1022,19 +1053,18 @@ def test_a_failing_close_of_the_context_publishes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_somebody_elses_output_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
-    for exchange in (True, False):
-        with monkeypatch.context() as patch, pytest.raises(writer.OutputError, match="meanwhile"):  # noqa: SIM117
-            with writer.Publication(tmp_path / "out") as publication:
-                if not exchange:
-                    patch.setattr(writer, "_rename2", lambda *_: False)
-                publication.write("model.safetensors", b"ours")
-                (tmp_path / "out").mkdir()
-                (tmp_path / "out" / "theirs").write_text("theirs")
-                publication.commit()
-        assert contents(tmp_path / "out") == {"theirs": b"theirs"}
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        shutil.rmtree(tmp_path / "out")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_somebody_elses_output_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(writer, "_rename2", lambda *_: False)
+    with writer.Publication(tmp_path / "out") as publication:
+        publication.write("model.safetensors", b"ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("theirs")
+        with pytest.raises(writer.OutputError, match="meanwhile"):
+            publication.commit()
+    assert contents(tmp_path / "out") == {"theirs": b"theirs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_this_files_promises_cover_every_call_that_the_writer_makes():
@@ -1055,4 +1085,6 @@ if __name__ == "__main__":
     importlib.import_module(f"surgery.cli.{request.argv[0]}")
     if request.argv[0] == "merge":
         importlib.import_module("torch").set_num_threads(1)
+    gc.freeze()  # a forked child that collects would copy every page
+    gc.disable()
     print(json.dumps(Driver(request).explore()))

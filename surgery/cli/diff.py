@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from surgery.cli import options, terminal
+from surgery.errors import printable
 from surgery.operations.diff import plan_diff
 from surgery.report import percent
 from surgery.tensor import human_bytes
@@ -59,7 +60,7 @@ def command(
     elif quiet:
         click.echo(report.verdict())
     else:
-        click.echo(f"{a} → {b}: {report.verdict()}")
+        click.echo(f"{printable(a)} → {printable(b)}: {report.verdict()}")
         if report.values_compared and not report.identical:
             click.echo(f"‖Δ‖/‖W‖ {percent(report.relative_norm)}, cosine {report.cosine:.6f}")
         if not report.identical or by == "tensor":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli import options, terminal
+from surgery.errors import printable
 from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
 
@@ -25,7 +26,7 @@ class Rank(click.ParamType[int | str]):
         text = str(value)
         if text == "full":
             return text
-        if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < 1:
             self.fail(f"{text!r} is not a rank: a whole number from 1, or 'full'", param, ctx)
         return int(text)
 
@@ -99,12 +100,12 @@ def command(
         terminal.document({"schema": "surgery.extract-lora/1", "out": out, "bytes": adapter.nbytes,
                            "seconds": round(time.monotonic() - began, 3), **report.document(), "notes": list(report.notes)})  # fmt: skip
     elif quiet:
-        click.echo(out)
+        click.echo(printable(out))
     else:
         terminal.table(report.table())
         click.echo()
         click.echo(f"{summary(report)}")
-        click.echo(f"wrote {out} ({human_bytes(adapter.nbytes)}) in {time.monotonic() - began:.1f} s")
+        click.echo(f"wrote {printable(out)} ({human_bytes(adapter.nbytes)}) in {time.monotonic() - began:.1f} s")
         left = [row for row in report.rows if row.how == "left out"]
         if left:
             share = sum(row.energy for row in left) / report.energy

@@ -8,6 +8,7 @@ import click
 
 from surgery.checkpoint import Checkpoint
 from surgery.cli import terminal
+from surgery.errors import printable
 from surgery.tensor import human_bytes
 
 
@@ -41,11 +42,13 @@ def write(
         terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": plan.bytes_written,
                            "seconds": round(seconds, 3), "notes": checkpoint.notes, **head})  # fmt: skip
     elif quiet:
-        click.echo(out)
+        click.echo(printable(out))
     else:
         done = ", ".join(f"{count:,} {kind}" for kind, count in plan.counts.items() if count)
         files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
-        click.echo(f"wrote {out} ({human_bytes(plan.bytes_written)} in {files}; tensors: {done}) in {seconds:.1f} s")
+        click.echo(
+            f"wrote {printable(out)} ({human_bytes(plan.bytes_written)} in {files}; tensors: {done}) in {seconds:.1f} s"
+        )
         restored = record.get("restored")
         if restored:
             click.echo(

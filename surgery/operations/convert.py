@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery import provenance
-from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
+from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, refuse_quantised, require_arithmetic
 from surgery.errors import MismatchError, UsageError
 from surgery.names import parse_patterns, parse_renames, select
 from surgery.names import rename as spell
@@ -53,6 +53,7 @@ def convert(
     if not kept:
         raise UsageError("nothing is left: --drop takes every tensor away")
     if dtype is not None:
+        refuse_quantised(checkpoint, kept)  # casting scales would change what the codes mean
         require_arithmetic(checkpoint, [name for name in kept if _is_float(checkpoint.tensors[name].spec)])
     names = {name: spell(name, rules) for name in kept}
     tensors: dict[str, LazyTensor] = {}

@@ -65,6 +65,8 @@ def unmerge(
         raise MismatchError(
             f"was merged with coefficient {entry['coeff']}, not {coeff}", file=opened.label, mend="drop --coeff"
         )
+    if entry is None:
+        _refuse_untouched(checkpoint, opened)
     binding = bind(opened, checkpoint, coeff=-coeff, name_map=name_map, allow_incomplete=True)
     if base is None:
         require_arithmetic(checkpoint, sorted(binding.updates.keys() - binding.replaced))
@@ -101,6 +103,20 @@ def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[st
     raise MismatchError(
         f"the record says that {adapter.label} is not merged into it; merged adapters: {inside}", file=checkpoint.label
     )
+
+
+def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Without a record, refuse what is still the base that the adapter says it was taken from."""
+    known = sorted(
+        checkpoint.tensors.keys() & adapter.taken_from.keys(), key=lambda n: checkpoint.tensors[n].spec.nbytes
+    )
+    wanted = [name for name in known if len(checkpoint.tensors[name].spec.shape) >= 2][:3]
+    if wanted and all(provenance.fingerprint(checkpoint.tensors[n]) == adapter.taken_from[n] for n in wanted):
+        raise MismatchError(
+            f"is what {adapter.label} was taken from: nothing is merged into it",
+            file=checkpoint.label,
+            tensor=wanted[0],
+        )
 
 
 def _refuse_later(
