@@ -60,6 +60,7 @@ class Publication:
         self._lock = Lock(self.out.with_name(f".{self.out.name}.surgery-lock"), text)
         self._overwrite = overwrite
         self._made_parents: list[Path] = []
+        self._published = False
         self._shown = text
         for source in inputs:
             self._refuse_input(source)
@@ -91,20 +92,13 @@ class Publication:
         try:
             self._make_parents()
             self._lock.acquire()
-        except OSError as error:
-            self._remove_parents()
-            raise IOFailure(f"cannot be written: {error.strerror}", file=self._shown) from None
-        except SurgeryError:
-            self._remove_parents()
-            raise
-        try:
             self._recover()
             self._refuse_existing()
             os.mkdir(self.staging, 0o777)
         except OSError as error:
             self._abandon()
-            raise IOFailure(f"cannot be written: {error.strerror}", file=self._shown) from None
-        except SurgeryError:
+            raise self._failure(error) from None
+        except BaseException:
             self._abandon()
             raise
         return self
@@ -112,20 +106,43 @@ class Publication:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._abandon()
+        if isinstance(error, KeyboardInterrupt):
+            self._tell(error)
+        try:
+            self._abandon()
+        except KeyboardInterrupt as interrupt:
+            self._tell(interrupt)
+            raise
+        except OSError as failure:
+            raise self._failure(failure) from None
+
+    def _tell(self, interrupt: KeyboardInterrupt) -> None:
+        if self._published:
+            interrupt.add_note(f"{self._shown} was published whole")
+
+    def _failure(self, error: OSError) -> SurgeryError:
+        """Turn a system's error into ours, and say truly whether the output is there."""
+        if self._published:
+            what = f"was published, but clearing up failed: {error.strerror}"
+            return IOFailure(what, file=self._shown, mend="verify it; a further run on it clears up")
+        return _write_error(error, self._shown)
 
     def _make_parents(self) -> None:
-        missing = [parent for parent in self.out.parents if not parent.exists()]
-        for parent in reversed(missing):
-            parent.mkdir()
-            self._made_parents.append(parent)
+        for parent in reversed([parent for parent in self.out.parents if not parent.exists()]):
+            self._made_parents.append(parent)  # before it is made: a signal may come in between
+            try:
+                parent.mkdir()
+            except FileExistsError:
+                self._made_parents.remove(parent)  # somebody else made it meanwhile
 
     def _remove_parents(self) -> None:
         for parent in reversed(self._made_parents):
             try:
                 parent.rmdir()
+            except FileNotFoundError:
+                continue  # it was never made
             except OSError:
-                return  # not empty: something was published in it
+                return  # not empty: somebody uses it
 
     def _recover(self) -> None:
         """Clear what a dead run on this output left; the lock says that no live one is at work."""
@@ -137,9 +154,14 @@ class Publication:
         _remove(self.staging)
 
     def _abandon(self) -> None:
-        _remove(self.staging)
-        self._lock.release()
-        self._remove_parents()
+        """Clear away everything but what was published. What is another run's is left alone: its lock says so."""
+        try:
+            if self._lock.held:
+                self._recover()
+        finally:
+            self._lock.release()
+            if not self._published:
+                self._remove_parents()
 
     def check_space(self, needed: int) -> None:
         """Refuse before the first byte if the disk has no room.
@@ -147,7 +169,10 @@ class Publication:
         Raises:
             OutputError: it has not.
         """
-        free = shutil.disk_usage(self.staging).free
+        try:
+            free = shutil.disk_usage(self.staging).free
+        except OSError as error:
+            raise self._failure(error) from None
         if needed > free:
             raise OutputError(
                 f"needs {human_bytes(needed)}, the disk has {human_bytes(free)} free",
@@ -158,7 +183,10 @@ class Publication:
     def create(self, name: str, size: int) -> OutputFile:
         """Create a file of ``size`` bytes to be written at any place."""
         path = self.staging / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._failure(error) from None
         return OutputFile(path, size, self._shown)
 
     def write(self, name: str, data: bytes) -> None:
@@ -168,8 +196,11 @@ class Publication:
 
     def overwrite_start(self, name: str, data: bytes) -> None:
         """Replace the first bytes of a file that was written before."""
-        with open(self.staging / name, "r+b") as file:
-            file.write(data)
+        try:
+            with open(self.staging / name, "r+b") as file:
+                file.write(data)
+        except OSError as error:
+            raise self._failure(error) from None
 
     def copy(self, name: str, source: Path) -> None:
         """Copy a side file's bytes (not its times or its owner)."""
@@ -188,12 +219,12 @@ class Publication:
         """
         try:
             _sync_tree(self.staging)
-            made = self.staging / self.out.name if self.single else self.staging
-            self._publish(made)
-            _sync_folder(self.out.parent)
+            self._publish(self.staging / self.out.name if self.single else self.staging)
+            self._published = True
+            for folder in (self.out.parent, *(parent.parent for parent in reversed(self._made_parents))):
+                _sync_folder(folder)
         except OSError as error:
-            raise _write_error(error, self._shown) from None
-        self._made_parents.clear()
+            raise self._failure(error) from None
 
     def _publish(self, made: Path) -> None:
         if not os.path.lexists(self.out):
@@ -208,8 +239,12 @@ class Publication:
             os.replace(made, self.out)
         elif not _rename2(made, self.out, _EXCHANGE):
             os.rename(self.out, self._old)
-            os.rename(made, self.out)
-            _remove(self._old)
+            try:
+                os.rename(made, self.out)
+            except BaseException:
+                if not os.path.lexists(self.out):
+                    os.rename(self._old, self.out)
+                raise
 
 
 class OutputFile:
@@ -261,6 +296,7 @@ class Lock:
         self._path = path
         self._shown = shown
         self._descriptor = -1
+        self.held = False
 
     def acquire(self) -> None:
         """Take the lock, or refuse at once.
@@ -269,29 +305,34 @@ class Lock:
             OutputError: another run holds it.
         """
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                holder = os.read(descriptor, 64).decode("ascii", "replace").strip()
-                os.close(descriptor)
+                holder = os.read(self._descriptor, 64).decode("ascii", "replace").strip()
+                self._close()
                 who = f" (process {holder})" if holder else ""
                 raise OutputError(f"another run is writing it{who}", file=self._shown, mend="wait for it") from None
             # The holder may have removed the file between our open and our lock: then ours guards nothing.
             try:
-                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                     break
             except FileNotFoundError:
                 pass
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        self._descriptor = descriptor
+            self._close()
+        self.held = True
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, str(os.getpid()).encode())
 
     def release(self) -> None:
         """Remove the file and drop the lock."""
-        if self._descriptor >= 0:
+        if self.held:
             self._path.unlink(missing_ok=True)
+            self.held = False
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -1702,12 +1702,43 @@ def _(here: Path) -> Commands:
 
 @accepted("a lone surrogate and Infinity in a configuration", _valid_json)
 def _(here: Path) -> Commands:
-    strange = {"model_type": "\ud800", "time_step_limit": [0.0, float("inf")], "num_key_value_heads": float("nan")}
+    strange = {
+        "model_type": "\ud800", "time_step_limit": [0.0, float("inf")], "num_key_value_heads": float("nan"),
+        "torch_dtype": "float32",
+    }  # fmt: skip
     model(here / "base-model", config=strange)
     return [
         ["info", "base-model"],
         ["convert", "base-model", "--dtype", "BF16", "-o", "out"],
         ["info", "out", "--json"],
+    ]
+
+
+@accepted("a lone surrogate in a record", lambda here, result: None)
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("merge", "base-model", "own-lora", "-o", "merged-model")
+    _rewrite(here / "merged-model", lambda document: document["adapters"][0].update(name="\ud800"))
+    adapter(here / "style-lora")
+    return [["merge", "merged-model", "style-lora", "-o", "out"], ["verify", "out"]]
+
+
+def _restored(here: Path, result: Result) -> None:
+    once, none = (load_bytes((here / name / "model.safetensors").read_bytes()) for name in ("once", "none"))
+    merged = load_bytes((here / "merged-model" / "model.safetensors").read_bytes())
+    for name, value in base_weights().items():
+        assert torch.allclose(none[name], value, atol=1e-6)
+        assert torch.allclose(once[name], merged[name], atol=1e-6)
+
+
+@accepted("an adapter merged twice comes out once at a time", _restored)
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("merge", "base-model", "own-lora", "-o", "merged-model")
+    return [
+        ["merge", "merged-model", "own-lora", "--allow-base-mismatch", "-o", "twice"],
+        ["unmerge", "twice", "own-lora", "-o", "once"],
+        ["unmerge", "once", "own-lora", "-o", "none"],
     ]
 
 

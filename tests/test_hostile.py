@@ -16,15 +16,8 @@ from pathlib import Path
 import hostile_cases
 import pytest
 from hostile_cases import CASES, TWINS, Case, Result, Twin, run
-
-# Imported once, here: no case shall pay for it within its five seconds.
-import surgery.cli.convert
-import surgery.cli.diff
-import surgery.cli.extract_lora
-import surgery.cli.info
-import surgery.cli.merge
-import surgery.cli.unmerge
-import surgery.cli.verify  # noqa: F401
+from surgery.cli.main import COMMANDS
+from surgery.cli.main import surgery as group
 
 SECONDS = 5
 LONGEST_LINE = 8_000
@@ -40,6 +33,13 @@ AS_PROCESSES = (
     "output: the input itself, overwritten",
     "call: no such command",
 )
+
+
+# Every command is imported here: no case shall pay for it within its five seconds.
+OPTIONS = {"--help", "--version"}
+for _name in COMMANDS:
+    for _parameter in group.get_command(None, _name).params:
+        OPTIONS.update(_parameter.opts)
 
 
 class TooSlowError(BaseException):
@@ -91,7 +91,7 @@ def here(tmp_path, monkeypatch):
         os.close(hostile_cases.LOCKS.pop())
 
 
-def assert_one_line(result: Result, case: Case) -> None:
+def assert_one_line(result: Result, case: Case, command: list[str]) -> None:
     """Assert that stderr holds one error that names its place, in plain characters."""
     assert "Traceback" not in result.out + result.err
     lines = [line for line in result.err.splitlines() if not TALK.match(line)]
@@ -100,6 +100,8 @@ def assert_one_line(result: Result, case: Case) -> None:
     assert line.startswith("surgery: error: ")
     assert line.isprintable()
     assert len(line) <= LONGEST_LINE
+    offered = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) - set(command)
+    assert offered <= OPTIONS, "the message offers an option that no command has"
     assert "\x1b" not in result.out + result.err
     for words in case.says:
         assert any(word in line for word in ([words] if isinstance(words, str) else words)), f"{words!r} not in {line}"
@@ -115,7 +117,7 @@ def test_a_hostile_input_is_refused_in_one_line_and_leaves_nothing_behind(case: 
             result = run(*command)
         assert time.monotonic() - began < SECONDS
         assert (result.code, command) == (case.code, command), result.err
-        assert_one_line(result, case)
+        assert_one_line(result, case, command)
         assert contents(here.parent) == before, command
 
 
@@ -131,7 +133,7 @@ def test_a_hostile_input_is_refused_in_a_process_of_its_own(case: Case, here: Pa
         stdin=subprocess.DEVNULL,
     )
     assert ended.returncode == case.code, ended.stderr
-    assert_one_line(Result(ended.returncode, ended.stdout, ended.stderr), case)
+    assert_one_line(Result(ended.returncode, ended.stdout, ended.stderr), case, command)
     assert contents(here.parent) == before
 
 

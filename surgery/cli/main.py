@@ -115,7 +115,9 @@ def _report(error: BaseException) -> int:
         message = error.format_message().rstrip(".").replace("\n", " ")
         return _say(f"{printable(message)} (see {command} --help)", 2)
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return _say("interrupted: nothing was published; the same command starts again", INTERRUPTED)
+        interrupt = error.__cause__ if isinstance(error, click.Abort) else error
+        told = getattr(interrupt, "__notes__", None) or ["nothing was published; the same command starts again"]
+        return _say(f"interrupted: {told[0]}", INTERRUPTED)
     if isinstance(error, MemoryError):
         return _say("the system has no more memory; try fewer --jobs", 8)
     if isinstance(error, OSError):

@@ -80,7 +80,7 @@ class OpenFile:
             IOFailure: it changed.
         """
         try:
-            same = _identity(os.fstat(self._descriptor)) == self._identity
+            same = _identity(os.fstat(self._descriptor)) == self._identity == _identity(os.stat(self.path))
         except OSError:
             same = False
         if not same:
