@@ -213,11 +213,13 @@ def bind(
     found, notes = _resolve(adapter, base, wanted, parts, name_map or {})
     binding = Binding(notes=notes)
     layout = _Layout(
-        base, {found[f"{m}.weight"]: _factors(adapter, roles) for m, roles in parts.low_rank.items()}, config
+        base,
+        {found[f"{m}.weight"]: _factors(adapter, roles) for m, roles in parts.low_rank.items() if "a" in roles},
+        config,
     )
     for module, roles in parts.low_rank.items():
         weight = found[f"{module}.weight"]
-        low_rank = _low_rank(adapter, config, module, roles, layout.transposed(weight), coeff)
+        low_rank = _low_rank(adapter, config, module, roles, "a" in roles and layout.transposed(weight), coeff)
         _check_shape(low_rank, base.tensors[weight].spec, adapter)
         if config.use_dora and "magnitude" not in roles:
             raise MismatchError("its DoRA magnitude is not in the adapter", file=adapter.label, tensor=module)
@@ -302,6 +304,7 @@ class _Layout:
     def __init__(
         self, base: Checkpoint, factors: Mapping[str, tuple[TensorSpec, TensorSpec]], config: peft.LoraConfig
     ) -> None:
+        # Embeddings are no evidence: theirs are (vocab, dim) in every model, and factored the other way round.
         self._evidence = [
             verdict for weight, pair in factors.items() for verdict in [_by_shape(base.tensors[weight].spec, *pair)]
             if verdict is not None

@@ -57,8 +57,9 @@ class History:
         return None if rows is None or values is None else (rows, values)
 
     def without(self, fingerprint: str) -> tuple[list[dict[str, Any]], dict[str, LazyTensor]]:
-        """Return the adapters that remain without one, and the originals that still matter to them."""
-        adapters = [entry for entry in self.adapters if entry["fingerprint"] != fingerprint]
+        """Return the adapters that remain when one comes out, once, and the originals that still matter to them."""
+        last = max(place for place, entry in enumerate(self.adapters) if entry["fingerprint"] == fingerprint)
+        adapters = [entry for place, entry in enumerate(self.adapters) if place != last]
         steps = {str(entry["step"]) for entry in adapters}
         return adapters, {name: tensor for name, tensor in self.kept.items() if name.partition("/")[0] in steps}
 

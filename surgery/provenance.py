@@ -188,7 +188,8 @@ def encode(document: Mapping[str, Any]) -> bytes:
         f"    {json.dumps(name, ensure_ascii=False)}: {json.dumps(entry, ensure_ascii=False, allow_nan=False)}"
         for name, entry in document["tensors"].items()
     )
-    return f'{text},\n  "tensors": {{\n{lines}\n  }}\n}}\n'.encode()
+    # backslashreplace makes JSON escapes of lone surrogates, which UTF-8 does not have.
+    return f'{text},\n  "tensors": {{\n{lines}\n  }}\n}}\n'.encode(errors="backslashreplace")
 
 
 def check_schema(document: Mapping[str, Any]) -> None:

@@ -1742,6 +1742,16 @@ def _(here: Path) -> Commands:
     ]
 
 
+@accepted("an unmerge without a record, of an adapter that left most weights alone", _says("wrote out"))
+def _(here: Path) -> Commands:
+    model(here / "base-model")
+    model(here / "tuned-model", changes={f"{UP}.weight": tuned_weights()[f"{UP}.weight"]})
+    done("extract-lora", "base-model", "tuned-model", "--rank", "4", "-o", "own-lora")
+    done("merge", "base-model", "own-lora", "-o", "merged-model")
+    (here / "merged-model" / "surgery.json").unlink()
+    return [["unmerge", "merged-model", "own-lora", "-o", "out"]]
+
+
 @accepted("remains of a run that was killed", _copied("base-model/model.safetensors", "out/model.safetensors"))
 def _(here: Path) -> Commands:
     model(here / "base-model")

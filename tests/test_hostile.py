@@ -16,6 +16,7 @@ from pathlib import Path
 import hostile_cases
 import pytest
 from hostile_cases import CASES, TWINS, Case, Result, Twin, run
+
 from surgery.cli.main import COMMANDS
 from surgery.cli.main import surgery as group
 

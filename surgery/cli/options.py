@@ -77,7 +77,6 @@ max_memory = click.option("--max-memory", type=Size(), help="Refuse a plan that 
 resources = _stack(jobs, max_memory)
 
 sharding = click.option("--max-shard-size", type=Size(), help="As 5GB; the input's own files are kept by default.")
-follow_links = click.option("--follow-links", is_flag=True, help="Accept links that lead out of a checkpoint's folder.")
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Let NaN, Inf and overflow through.")
 rename = click.option("--rename", multiple=True, metavar="OLD=NEW",
                       help="Rename a tensor, or a prefix that ends at a dot; repeatable.")  # fmt: skip

@@ -274,7 +274,14 @@ def collect(keys: Iterable[str]) -> AdapterParts:
         UnsupportedError: a tensor that LoRA does not have.
     """
     parts = AdapterParts()
+    wrapped: dict[str, str] = {}
     for part in map(parse_key, keys):
+        owner, _, wrapper = part.module.rpartition(".")
+        if part.kind == "full" and wrapper in ("modules_to_save", "original_module"):
+            # With bias="all" PEFT saves the inside of its wrappers too: the trained copy once more, and the original.
+            if wrapper == "modules_to_save":
+                wrapped[f"{owner}.{part.parameter}"] = part.key
+            continue
         if part.kind == "full":
             home, name = parts.full, f"{part.module}.{part.parameter}"
         elif part.kind == "rows":
@@ -284,6 +291,7 @@ def collect(keys: Iterable[str]) -> AdapterParts:
         if name in home:
             raise MismatchError(f"has the same role as {home[name]!r}", tensor=part.key)
         home[name] = part.key
+    parts.full = {**wrapped, **parts.full}
     for module, roles in parts.low_rank.items():
         for first, second in (("a", "b"), ("embedding_a", "embedding_b")):
             if (first in roles) != (second in roles):

@@ -112,7 +112,7 @@ def _config_file(config: Mapping[str, Any] | None, dtype: str | None) -> dict[st
     changed = _config(config, dtype)
     if changed == config:
         return {}
-    return {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
+    return {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")}
 
 
 def _recorder(label: str, parameters: dict[str, Any]) -> Any:

@@ -65,9 +65,9 @@ def unmerge(
         raise MismatchError(
             f"was merged with coefficient {entry['coeff']}, not {coeff}", file=opened.label, mend="drop --coeff"
         )
-    if entry is None:
-        _refuse_untouched(checkpoint, opened)
     binding = bind(opened, checkpoint, coeff=-coeff, name_map=name_map, allow_incomplete=True)
+    if entry is None and base is None:
+        _refuse_untouched(checkpoint, opened, binding)
     if base is None:
         require_arithmetic(checkpoint, sorted(binding.updates.keys() - binding.replaced))
     _refuse_later(history, entry, binding, checkpoint, from_base=base is not None)
@@ -105,11 +105,9 @@ def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[st
     )
 
 
-def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Without a record, refuse what is still the base that the adapter says it was taken from."""
-    known = sorted(
-        checkpoint.tensors.keys() & adapter.taken_from.keys(), key=lambda n: checkpoint.tensors[n].spec.nbytes
-    )
+def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> None:
+    """Without a record, refuse where what the adapter changes is still what it says it was taken from."""
+    known = sorted(binding.updates.keys() & adapter.taken_from.keys(), key=lambda n: checkpoint.tensors[n].spec.nbytes)
     wanted = [name for name in known if len(checkpoint.tensors[name].spec.shape) >= 2][:3]
     if wanted and all(provenance.fingerprint(checkpoint.tensors[n]) == adapter.taken_from[n] for n in wanted):
         raise MismatchError(
@@ -125,9 +123,9 @@ def _refuse_later(
     """Refuse what other adapters in the same tensors make impossible."""
     if entry is None:
         return
-    for other in history.adapters:
-        if other["fingerprint"] == entry["fingerprint"]:
-            continue
+    for other in history.without(entry["fingerprint"])[0]:
+        if other["fingerprint"] == entry["fingerprint"] and other["step"] < entry["step"] and not from_base:
+            continue  # merged again later: the later originals are what this one left
         shared = sorted(set(other["touched"]) & set(binding.updates))
         blocked = shared if from_base else sorted(set(shared) & {*other["replaced"], *entry["replaced"]})
         if blocked:

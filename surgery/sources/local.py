@@ -208,7 +208,7 @@ def _inside(folder: Path, name: str, follow_links: bool) -> Path:
         homes += [repo / "blobs", repo.parent / "blobs"]
     if not follow_links and not any(real.is_relative_to(home) for home in homes):
         raise UnsafeError(
-            "is a link that leads out of its folder", file=folder / name, mend="--follow-links accepts it"
+            "is a link that leads out of its folder", file=folder / name, mend="put the file itself there"
         )
     return real
 
