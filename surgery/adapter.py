@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import execute, numerics, provenance
-from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised
+from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised, tied_weights
 from surgery.delta import Dense, LowRank, Magnitude, Replacement, Rows, Update
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from surgery.formats import peft
@@ -233,9 +233,42 @@ def bind(
             _bind_full(adapter, base, binding, found[name], key, coeff)
     for module, key in parts.rows.items():
         _bind_rows(adapter, config, base, binding, found[f"{module}.weight"], module, key, coeff)
+    _keep_tied(adapter, base, binding)
     if not allow_incomplete:
         _refuse_incomplete(adapter, base, {found[f"{module}.weight"] for module in parts.low_rank})
     return binding
+
+
+def _keep_tied(adapter: Adapter, base: Checkpoint, binding: Binding) -> None:
+    """Where the base stores a tied weight twice, change both copies alike.
+
+    Raises:
+        MismatchError: the adapter changes the two in different ways.
+    """
+    if not any(role_of(base.tensors[name].spec) in ("embedding", "head") for name in binding.updates):
+        return
+    tied = tied_weights(base)
+    for name in sorted(tied.keys() & binding.updates.keys()):
+        twin, updates = tied[name], binding.updates[name]
+        if twin not in binding.updates:
+            binding.updates[twin] = updates
+            if name in binding.rows:
+                binding.rows[twin] = binding.rows[name]
+            return
+        pairs = zip(updates, binding.updates[twin], strict=False)
+        equal = len(updates) == len(binding.updates[twin]) == 1 and all(
+            isinstance(one, Replacement)
+            and isinstance(other, Replacement)
+            and read_bytes(one.new) == read_bytes(other.new)
+            for one, other in pairs
+        )
+        if not equal:
+            raise MismatchError(
+                f"is tied to {twin!r} in {base.label}, and the adapter changes both in ways that differ or add up",
+                file=adapter.label,
+                tensor=name,
+                mend="untie the base first",
+            )
 
 
 def _refuse_codes(adapter: Adapter) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.plan import Plan, lay_out
+from surgery.roles import role_of
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
 
@@ -256,6 +257,25 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         side_files=local.side_files(stored.path) if whole else None,
         notes=stored.notes,
     )
+
+
+def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Find an output head that is stored although it is tied: equal to the input embedding to the last byte.
+
+    Returns:
+        Each of the two names → the other; empty where the configuration unties them, or they differ.
+    """
+    if (checkpoint.config or {}).get("tie_word_embeddings") is False:
+        return {}
+    specs = checkpoint.specs
+    heads = [name for name in specs if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    for head in heads:
+        for name, spec in specs.items():
+            alike = role_of(spec) == "embedding" and (spec.shape, spec.dtype) == (specs[head].shape, specs[head].dtype)
+            prints = [provenance.fingerprint(checkpoint.tensors[n]) for n in (name, head)] if alike else [0, 1]
+            if prints[0] == prints[1]:
+                return {name: head, head: name}
+    return {}
 
 
 _QUANTISED_MARKS = (

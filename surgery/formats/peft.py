@@ -325,6 +325,28 @@ def task_type(config: Mapping[str, Any] | None) -> str | None:
     return "FEATURE_EXTRACTION" if architectures[0].endswith("Model") else None
 
 
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+"""Modules that PEFT's wrapper of a task always saves whole, whatever the configuration says."""
+
+
+def task_heads(task: str | None, modules: Iterable[str]) -> list[str]:
+    """Find the modules of a model that the wrapper of ``task`` saves whole: they must be in the file, and not adapted.
+
+    >>> task_heads("SEQ_CLS", ["bert.pooler.dense", "classifier.dense", "classifier.out_proj"])
+    ['classifier']
+    """
+    found = set()
+    for module in modules:
+        parts = module.split(".")
+        for depth, part in enumerate(parts):
+            if part in TASK_HEADS.get(task or "", ()):
+                found.add(".".join(parts[: depth + 1]))
+                break
+    return sorted(found)
+
+
 def target_modules(adapted: Sequence[str], others: Iterable[str]) -> list[str]:
     """Write ``target_modules`` so that exactly ``adapted`` is meant.
 

@@ -25,9 +25,11 @@ from surgery.checkpoint import (
     quantised_modules,
     refuse_quantised,
     require_arithmetic,
+    tied_weights,
 )
 from surgery.errors import MismatchError, UsageError
-from surgery.names import align, parse_patterns, parse_renames, select
+from surgery.formats import peft
+from surgery.names import align, module_of, parse_patterns, parse_renames, select
 from surgery.report import join_shown
 from surgery.roles import role_of, transposed_weights
 from surgery.sources.spool import MEMORY_LIMIT
@@ -57,6 +59,14 @@ class Extraction:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     transposed: set[str] = field(default_factory=set)
+    unwanted: dict[str, str] = field(default_factory=dict)
+    """Tensors that the caller left out, and by which option."""
+    heads: list[str] = field(default_factory=list)
+    """Modules that PEFT's wrapper of the model's task saves whole."""
+
+    def in_head(self, name: str) -> bool:
+        """Say whether a tensor belongs to one of ``heads``."""
+        return any(name.startswith(f"{head}.") for head in self.heads)
 
     @property
     def bytes_read(self) -> int:
@@ -203,6 +213,7 @@ def plan_extraction(
             inside = [name for name in side.tensors if name.rpartition(".")[0] == module]
             raise quantised_error(side, names.get(inside[0], inside[0]) if inside else module, codes[module])
         refuse_quantised(side, [old for old, new in names.items() if new in found.tuned])
+    _drop_tied(found, after)
     _note_unpaired(found, before.tensors.keys() - renamed_tuned.keys(), renamed_tuned.keys() - before.tensors.keys())
     _sort_tensors(found, target, exclude)
     return found
@@ -231,6 +242,20 @@ def _device(name: str) -> str:
     return name
 
 
+def _drop_tied(found: Extraction, after: Checkpoint) -> None:
+    """Take a tied head that both sides store twice for what it is: the embedding once more."""
+    tied = tied_weights(found.base)
+    if not tied:
+        return
+    tuned = Checkpoint(
+        {name: found.tuned[name] for name in tied if name in found.tuned}, label=after.label, config=after.config
+    )
+    if tied_weights(tuned).keys() == tied.keys():
+        (head,) = [name for name in tied if role_of(found.base.specs[name]) != "embedding"]
+        del found.tuned[head]
+        found.notes.append(f"{head} is tied to {tied[head]}, so it is taken with it")
+
+
 def _note_unpaired(found: Extraction, lost: set[str], added: set[str]) -> None:
     if lost:
         found.notes.append(f"only in the base, so not compared: {join_shown(sorted(lost))}")
@@ -249,25 +274,20 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
                 mend="a resized vocabulary cannot be extracted yet; --rename or --exclude what does not belong together",
             )
     found.transposed = transposed_weights(found.base.specs, found.base.config)
-    chosen = select(specs, parse_patterns(target), "--target") if target else None
+    chosen = select(specs, parse_patterns(target), "--target") if target else set(specs)
     dropped = select(specs, parse_patterns(exclude), "--exclude") if exclude else set()
+    found.unwanted = {
+        name: "excluded" if name in dropped else "not targeted" for name in dropped | (specs.keys() - chosen)
+    }
+    found.heads = peft.task_heads(peft.task_type(found.base.config), map(module_of, found.base.tensors))
     for name, spec in specs.items():
-        role = role_of(spec)
-        if name in dropped:
-            found.left_out[name] = "excluded"
-        elif chosen is not None and name not in chosen:
-            found.left_out[name] = "not targeted"
-        elif not name.endswith((".weight", ".bias", ".gamma", ".beta")):
-            found.left_out[name] = "PEFT has no place for a bare parameter or buffer"
-        elif len(spec.shape) == 1 or not spec.numel:
+        if name in found.unwanted:
+            found.left_out[name] = found.unwanted[name]
+        elif found.in_head(name):
             found.full.append(name)
-        elif role == "embedding" and len(spec.shape) == 2:
-            found.embeddings.append(name)
-        elif len(spec.shape) == 2:
-            found.matrices.append(name)
         else:
-            found.left_out[name] = f"a {len(spec.shape)}-D weight"
-    if chosen is not None and not found.matrices:
+            _sort_one(found, name, spec)
+    if target and not found.matrices:
         raise MismatchError(
             "--target selects no linear weight", mend="LoRA factors 2-D weights; see surgery info --tensors"
         )
@@ -276,6 +296,19 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
     both = [*found.matrices, *found.embeddings, *found.full]
     for checkpoint, names in ((found.base, both), (Checkpoint(found.tuned, label=found.tuned_label), both)):
         require_arithmetic(checkpoint, names)
+
+
+def _sort_one(found: Extraction, name: str, spec: TensorSpec) -> None:
+    if not name.endswith((".weight", ".bias", ".gamma", ".beta")):
+        found.left_out[name] = "PEFT has no place for a bare parameter or buffer"
+    elif len(spec.shape) == 1 or not spec.numel:
+        found.full.append(name)
+    elif len(spec.shape) != 2:
+        found.left_out[name] = f"a {len(spec.shape)}-D weight"
+    elif role_of(spec) == "embedding":
+        found.embeddings.append(name)
+    else:
+        found.matrices.append(name)
 
 
 def default_output(tuned: str | os.PathLike[str], rank: int | str) -> str:

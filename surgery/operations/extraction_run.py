@@ -263,17 +263,21 @@ class Run:
         """Store norms and biases that moved; return the modules to save, and whether biases are stored."""
         plan = self.plan
         biases = {name for name in plan.full if self.found[name].row.role == "bias"}
-        moved = {module_of(n) for n in plan.full if n not in biases and self.found[n].row.energy}
+        moved = {
+            module_of(n) for n in plan.full if n not in biases and self.found[n].row.energy and not plan.in_head(n)
+        }
         saved = _closed(moved, {module_of(name) for name in plan.base.tensors})
+        saved = {module for module in saved if not plan.in_head(f"{module}.")}
         keep_biases = any(self.found[name].row.energy for name in biases)
         for name in plan.full:
-            if (keep_biases and name in biases) or module_of(name) in saved:
+            if (keep_biases and name in biases) or module_of(name) in saved or plan.in_head(name):
                 self._keep(name)
             elif self.found[name].row.energy:
                 raise AssertionError(f"{name} moved and found no place")
-        for module in sorted(saved):
-            self._keep_siblings(module)
-        return sorted(peft_module(f"{module}.weight") for module in saved), keep_biases
+        for name in plan.base.tensors:
+            if name not in plan.full and (module_of(name) in saved or plan.in_head(name)):
+                self._keep_sibling(name)
+        return sorted(peft_module(f"{module}.weight") for module in {*saved, *plan.heads}), keep_biases
 
     def _keep(self, name: str) -> None:
         found = self.found[name]
@@ -284,12 +288,16 @@ class Run:
         how = "full" if found.row.energy else "unchanged"
         found.row = Row(name, found.row.role, how, 0, found.row.energy, 0.0, 0.0, tuned.spec.nbytes)
 
-    def _keep_siblings(self, module: str) -> None:
-        """PEFT wraps a saved module whole: every tensor it has must be there, buffers too."""
-        for name in self.plan.base.tensors:
-            if module_of(name) == module and name not in self.plan.full:
-                key = peft.PREFIX + undecorated(name)
-                self.tensors[key] = renamed(self.plan.tuned.get(name, self.plan.base.tensors[name]), key)
+    def _keep_sibling(self, name: str) -> None:
+        """PEFT saves a module whole: every tensor it has must be there, buffers too, and the base's where not wanted."""
+        key = peft.PREFIX + undecorated(name)
+        base = self.plan.base.tensors[name]
+        wanted = name not in self.plan.unwanted and name in self.plan.tuned
+        self.tensors[key] = renamed(self.plan.tuned[name] if wanted else base, key)
+        if wanted and name in self.found:
+            row = self.found[name].row
+            energy, nbytes = row.energy, base.spec.nbytes
+            self.found[name].row = Row(name, row.role, "full" if energy else "unchanged", 0, energy, 0.0, 0.0, nbytes)
 
     def _add_carrier(self) -> None:
         """PEFT loads no adapter without a LoRA module: give it one of rank 1 that is zero."""

@@ -124,8 +124,8 @@ def _refuse_later(
     if entry is None:
         return
     for other in history.without(entry["fingerprint"])[0]:
-        if other["fingerprint"] == entry["fingerprint"] and other["step"] < entry["step"] and not from_base:
-            continue  # merged again later: the later originals are what this one left
+        if other["step"] < entry["step"] and not from_base:
+            continue  # what this step found and kept is what the earlier one had left
         shared = sorted(set(other["touched"]) & set(binding.updates))
         blocked = shared if from_base else sorted(set(shared) & {*other["replaced"], *entry["replaced"]})
         if blocked:
