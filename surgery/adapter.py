@@ -316,6 +316,8 @@ def _tied_twin(
     adapter: Adapter, base: Checkpoint, name: str, parts: peft.AdapterParts, found: Mapping[str, str]
 ) -> str | None:
     """Find the tied weight that a full copy of an output head repeats: equal updates of tied weights merge once."""
+    if module_of(name) in parts.low_rank:
+        return None  # PEFT would add both deltas to the one weight, and neither merged nor unmerged is that right
     if name not in parts.full or not (base.config or {}).get("tie_word_embeddings", True):
         return None
     key = parts.full[name]

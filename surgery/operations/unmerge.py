@@ -127,7 +127,10 @@ def _refuse_later(
         if other["step"] < entry["step"] and not from_base:
             continue  # what this step found and kept is what the earlier one had left
         shared = sorted(set(other["touched"]) & set(binding.updates))
-        blocked = shared if from_base else sorted(set(shared) & {*other["replaced"], *entry["replaced"]})
+        # What this adapter replaced comes back as it was, without what others did to it; and what a later one replaced
+        # is no longer this one's to subtract from.
+        theirs = other["replaced"] if other["step"] > entry["step"] else []
+        blocked = shared if from_base else sorted(set(shared) & {*entry["replaced"], *theirs})
         if blocked:
             later = other["step"] > entry["step"]
             mend = f"unmerge {other['name']} first" if later else "unmerge without --base" if from_base else None
