@@ -21,7 +21,7 @@ from surgery.formats import peft
 from surgery.history import read_record
 from surgery.names import align, module_of
 from surgery.roles import role_of, transposed_weights
-from surgery.sources import local
+from surgery.sources import local, module_names
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, read_bytes
 
 if TYPE_CHECKING:
@@ -295,6 +295,12 @@ def _resolve(
         mapped[name] = name_map.get(name) or (f"{name_map[module]}.{parameter}" if module in name_map else name)
     alignment = align(base.tensors.keys(), sorted(set(mapped.values())))
     found = {name: alignment.names[mapped[name]] for name in wanted}
+    notes = list(alignment.notes)
+    if any(spelled not in base.tensors for spelled in found.values()):
+        on_disk = _on_disk_names(base)
+        if any(mapped[name] in on_disk for name in wanted):
+            found = {name: on_disk.get(mapped[name], found[name]) for name in wanted}
+            notes.append("names in memory were translated to names on disk by transformers' own table")
     refuse_quantised(base, found.values())
     lost = [name for name in wanted if found[name] not in base.tensors]
     for name in list(lost):
@@ -309,7 +315,18 @@ def _resolve(
             mend="is this its base? if module and on-disk names differ: --name-map FILE, or pip install "
             "'checkpoint-surgery[hf]'",
         )
-    return found, [f"{adapter.label}: {note}" for note in alignment.notes]
+    return found, [f"{adapter.label}: {note}" for note in notes]
+
+
+def _on_disk_names(base: Checkpoint) -> dict[str, str]:
+    """Map names in memory to names on disk, if transformers is there to say; asked only when names do not meet."""
+    if not base.config or not module_names.available():
+        return {}
+    try:
+        in_memory = module_names.module_names(base.config, base.tensors)
+    except MismatchError:
+        return {}
+    return {memory: disk for disk, memory in in_memory.items()}
 
 
 def _tied_twin(

@@ -371,3 +371,32 @@ def test_importing_it_imports_neither_transformers_nor_torch():
     code = "import sys, surgery.sources.module_names as m; m.available(); print(*({'transformers', 'torch'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_path):
+    import surgery
+    from peft import PeftModel
+
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTModel(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "ft")
+    surgery.extract_lora(tmp_path / "base", tmp_path / "ft", rank=3, names_in_memory=True).save(tmp_path / "adapter")
+    merged = surgery.merge(tmp_path / "base", tmp_path / "adapter")
+    assert any("transformers" in note for note in merged.notes)
+    merged.save(tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = PeftModel.from_pretrained(transformers.ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        there = adapted.merge_and_unload().state_dict()
+        here = transformers.ViTModel.from_pretrained(tmp_path / "merged").state_dict()
+    moved = transformers.ViTModel.from_pretrained(tmp_path / "base").state_dict()
+    assert sum(not torch.equal(here[name], moved[name]) for name in here) >= 12
+    assert all((here[name] - there[name]).abs().max() <= 2**-21 * there[name].abs().max() + 2**-30 for name in there)

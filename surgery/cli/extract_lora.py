@@ -58,6 +58,11 @@ class Rank(click.ParamType[int | str]):
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to factor, as torch names it.")
 @click.option("--base-id", metavar="ORG/NAME", help="The base's Hub id, for the adapter's configuration.")
+@click.option(
+    "--names-in-memory",
+    is_flag=True,
+    help="Name modules as transformers does once loaded, where that differs; needs the extra hf.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For random starts.")
 @options.rename
 @options.jobs
@@ -67,8 +72,8 @@ class Rank(click.ParamType[int | str]):
 @options.common
 def command(
     base: str, ft: str, rank: int | str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...], dtype: str | None,
-    device: str, base_id: str | None, seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool, dry_run: bool, as_json: bool,
-    quiet: bool, progress: str,
+    device: str, base_id: str | None, names_in_memory: bool, seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool,
+    dry_run: bool, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
 
@@ -86,7 +91,7 @@ def command(
     out = out or default_output(ft, rank)
     extraction = plan_extraction(
         base, ft, rank=rank, target=target, exclude=exclude, dtype=dtype.upper() if dtype else None, device=device,  # type: ignore[arg-type]
-        rename=rename, base_id=base_id, seed=seed, jobs=jobs,
+        rename=rename, base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
     )  # fmt: skip
     if dry_run:
         _print_plan(extraction, out, as_json)

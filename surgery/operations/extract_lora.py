@@ -29,9 +29,10 @@ from surgery.checkpoint import (
 )
 from surgery.errors import MismatchError, UsageError
 from surgery.formats import peft
-from surgery.names import align, module_of, parse_patterns, parse_renames, select
+from surgery.names import align, module_of, parse_patterns, parse_renames, select, undecorated
 from surgery.report import join_shown
 from surgery.roles import role_of, transposed_weights
+from surgery.sources.module_names import module_names
 from surgery.sources.spool import MEMORY_LIMIT
 from surgery.tensor import LazyTensor, TensorSpec, renamed
 from surgery.writer import Publication
@@ -61,8 +62,14 @@ class Extraction:
     transposed: set[str] = field(default_factory=set)
     unwanted: dict[str, str] = field(default_factory=dict)
     """Tensors that the caller left out, and by which option."""
+    in_memory: dict[str, str] | None = None
+    """Name on disk → name in memory, where the caller asked for it."""
     heads: list[str] = field(default_factory=list)
     """Modules that PEFT's wrapper of the model's task saves whole."""
+
+    def spelled(self, name: str) -> str:
+        """Spell a tensor's name as PEFT will: in memory, without the decorations of training tools."""
+        return (self.in_memory or {}).get(name) or undecorated(name)
 
     def in_head(self, name: str) -> bool:
         """Say whether a tensor belongs to one of ``heads``."""
@@ -131,6 +138,7 @@ def extract_lora(
     device: str = "cpu",
     rename: Sequence[str] = (),
     base_id: str | None = None,
+    names_in_memory: bool = False,
     seed: int = 0,
     jobs: int | None = None,
     progress: execute.Progress | None = None,
@@ -150,6 +158,8 @@ def extract_lora(
         device: where to factor, as torch names it.
         rename: ``OLD=NEW`` rules for the fine-tune's names.
         base_id: the base's Hub id, for the adapter's configuration; by default the base's folder name.
+        names_in_memory: name modules as transformers calls them once loaded, where that differs from the names on
+            disk (ViT and others); needs the extra ``hf``.
         seed: for random starts, which are keyed by tensor name.
         jobs: threads, each with one matrix; as many as there are cores by default.
         progress: somebody who watches.
@@ -166,7 +176,7 @@ def extract_lora(
     """
     extraction = plan_extraction(
         base, tuned, rank=rank, target=target, exclude=exclude, dtype=dtype, device=device, rename=rename,
-        base_id=base_id, seed=seed, jobs=jobs,
+        base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
     )  # fmt: skip
     return extraction.run(progress)
 
@@ -182,6 +192,7 @@ def plan_extraction(
     device: str = "cpu",
     rename: Sequence[str] = (),
     base_id: str | None = None,
+    names_in_memory: bool = False,
     seed: int = 0,
     jobs: int | None = None,
 ) -> Extraction:
@@ -213,6 +224,8 @@ def plan_extraction(
             inside = [name for name in side.tensors if name.rpartition(".")[0] == module]
             raise quantised_error(side, names.get(inside[0], inside[0]) if inside else module, codes[module])
         refuse_quantised(side, [old for old, new in names.items() if new in found.tuned])
+    if names_in_memory:
+        found.in_memory = module_names(before.config or {}, before.tensors)
     _drop_tied(found, after)
     _note_unpaired(found, before.tensors.keys() - renamed_tuned.keys(), renamed_tuned.keys() - before.tensors.keys())
     _sort_tensors(found, target, exclude)
@@ -299,7 +312,9 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
 
 
 def _sort_one(found: Extraction, name: str, spec: TensorSpec) -> None:
-    if not name.endswith((".weight", ".bias", ".gamma", ".beta")):
+    if found.in_memory is not None and name not in found.in_memory:
+        found.left_out[name] = "in memory it is fused with others, or has no name of its own"
+    elif not name.endswith((".weight", ".bias", ".gamma", ".beta")):
         found.left_out[name] = "PEFT has no place for a bare parameter or buffer"
     elif len(spec.shape) == 1 or not spec.numel:
         found.full.append(name)

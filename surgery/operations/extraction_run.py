@@ -20,7 +20,7 @@ from surgery.algorithms.compare import SMALL_TABLE, RowMoments
 from surgery.algorithms.lowrank import residual_energy, truncated_svd
 from surgery.errors import MismatchError, NumericError, SurgeryError
 from surgery.formats import peft
-from surgery.names import module_of, undecorated
+from surgery.names import module_of
 from surgery.operations.extraction_report import ExtractionReport, Row, card
 from surgery.report import join_shown
 from surgery.roles import role_of
@@ -142,6 +142,9 @@ class Run:
     def _rank_name(self) -> str:
         return "full" if self.plan.rank is None else str(self.plan.rank)
 
+    def _module(self, name: str) -> str:
+        return module_of(self.plan.spelled(name))
+
     def _base_prints(self) -> dict[str, str]:
         return {name: found.pair.base.fingerprint() for name, found in sorted(self.found.items())}
 
@@ -183,7 +186,7 @@ class Run:
         left, right = (factor.cpu() for factor in svd.factors(rank))
         flipped = name in self.plan.transposed
         b, a = (right.T, left.T) if flipped else (left, right)
-        stem = f"{peft.PREFIX}{peft_module(name)}"
+        stem = f"{peft.PREFIX}{self._module(name)}"
         stored_a, lazy_a = self._store(f"{stem}.lora_A.weight", a)
         stored_b, lazy_b = self._store(f"{stem}.lora_B.weight", b)
         left, right = (stored_a.T, stored_b.T) if flipped else (stored_b, stored_a)
@@ -225,7 +228,7 @@ class Run:
             why = f"{len(rows):,} of {count:,} rows were trained" if len(rows) else f"a common shrink by {-shrink:.3g}"
             return Found(Row(name, pair.role, "left out", 0, total, total, total, 0, why), pair)
         picked = self._pick_rows(pair, rows.tolist())
-        key = f"{peft.PREFIX}{peft_module(name)}.token_adapter.trainable_tokens_delta"
+        key = f"{peft.PREFIX}{self._module(name)}.token_adapter.trainable_tokens_delta"
         spec = TensorSpec(key, pair.tuned.spec.dtype, (len(rows), width))
         rest = max(total - float(energy[rows].sum()), 0.0)
         why = f"{len(rows):,} of {count:,} rows" + (f"; all shrank by {-shrink:.3g}" if shrink else "")
@@ -257,7 +260,7 @@ class Run:
         for name, found in self.found.items():
             self.tensors |= found.tensors
             if found.row.how == "lora":
-                self.ranks[peft_module(name)] = found.row.rank
+                self.ranks[self._module(name)] = found.row.rank
 
     def _keep_in_full(self) -> tuple[list[str], bool]:
         """Store norms and biases that moved; return the modules to save, and whether biases are stored."""
@@ -277,11 +280,11 @@ class Run:
         for name in plan.base.tensors:
             if name not in plan.full and (module_of(name) in saved or plan.in_head(name)):
                 self._keep_sibling(name)
-        return sorted(peft_module(f"{module}.weight") for module in {*saved, *plan.heads}), keep_biases
+        return sorted(self._module(f"{module}.weight") for module in {*saved, *plan.heads}), keep_biases
 
     def _keep(self, name: str) -> None:
         found = self.found[name]
-        module, _, leaf = undecorated(name).rpartition(".")
+        module, _, leaf = self.plan.spelled(name).rpartition(".")
         key = f"{peft.PREFIX}{module}{'.base_layer' if module in self.ranks else ''}.{leaf}"
         tuned = self.plan.tuned[name]
         self.tensors[key] = renamed(tuned, key)
@@ -290,7 +293,7 @@ class Run:
 
     def _keep_sibling(self, name: str) -> None:
         """PEFT saves a module whole: every tensor it has must be there, buffers too, and the base's where not wanted."""
-        key = peft.PREFIX + undecorated(name)
+        key = peft.PREFIX + self.plan.spelled(name)
         base = self.plan.base.tensors[name]
         wanted = name not in self.plan.unwanted and name in self.plan.tuned
         self.tensors[key] = renamed(self.plan.tuned[name] if wanted else base, key)
@@ -307,7 +310,7 @@ class Run:
         if not candidates:
             raise MismatchError("the model has no linear weight that could carry an adapter", file=plan.base.label)
         name = min(candidates, key=lambda n: (sum(plan.base.specs[n].shape), n))
-        module = peft_module(name)
+        module = self._module(name)
         m, n = plan.base.specs[name].shape
         out, into = (n, m) if name in plan.transposed else (m, n)
         stem = f"{peft.PREFIX}{module}"
@@ -324,7 +327,7 @@ class Run:
     def _config(self, saved: Sequence[str], biases: bool, carrier: bool) -> dict[str, Any]:
         plan = self.plan
         r = max(self.ranks.values()) if plan.rank is None or carrier else plan.rank
-        modules = [peft_module(n) for n, s in plan.base.specs.items() if n.endswith(".weight") and len(s.shape) >= 2]
+        modules = [self._module(n) for n, s in plan.base.specs.items() if n.endswith(".weight") and len(s.shape) >= 2]
         return peft.lora_config(
             r=r,
             targets=peft.target_modules(sorted(self.ranks), modules),
@@ -334,7 +337,7 @@ class Run:
             bias=biases,
             modules_to_save=saved,
             fan_in_fan_out=bool(plan.transposed & set(plan.matrices)),
-            token_indices={peft_module(n): found.token_rows for n, found in self.found.items() if found.token_rows},
+            token_indices={self._module(n): found.token_rows for n, found in self.found.items() if found.token_rows},
         )
 
     def _record(self, prints: Mapping[str, str], report: ExtractionReport) -> dict[str, Any]:
@@ -352,11 +355,6 @@ class Run:
             base=base_prints,
             report=report.document(),
         )
-
-
-def peft_module(name: str) -> str:
-    """Name a weight's module as PEFT does: without the decorations of training tools."""
-    return module_of(undecorated(name))
 
 
 def _closed(modules: set[str], all_modules: set[str]) -> set[str]:
