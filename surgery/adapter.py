@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import execute, numerics, provenance
 from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised, tied_weights
-from surgery.delta import Dense, LowRank, Magnitude, Replacement, Rows, Update
+from surgery.delta import Dense, ExpertsLowRank, LowRank, Magnitude, Replacement, Rows, Update
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from surgery.formats import peft
 from surgery.history import read_record
@@ -167,6 +167,8 @@ class Binding:
     updates: dict[str, list[Update]] = field(default_factory=dict)
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Weights of which only these rows are replaced."""
+    resized: dict[str, int] = field(default_factory=dict)
+    """Weights whose number of rows changes, and the new number."""
     notes: list[str] = field(default_factory=list)
 
     def add(self, weight: str, update: Update) -> None:
@@ -208,17 +210,27 @@ def bind(
     except SurgeryError as error:
         raise error.at(file=adapter.label) from None
     _refuse_codes(adapter)
-    wanted = [f"{module}.weight" for module in [*parts.low_rank, *parts.rows]] + list(parts.full)
+    # The adapter's prefixes may differ from the base's, so bare parameters are sought under both spellings.
+    bare = peft.bare_parameters(config, parts.low_rank, [*base.tensors, *_respelled(base, parts)])
+    weights = {module: bare.get(module, f"{module}.weight") for module in [*parts.low_rank, *parts.rows]}
+    wanted = [*weights.values(), *parts.full]
     wanted += [f"{module}.bias" for module, roles in parts.low_rank.items() if "lora_bias" in roles]
     found, notes = _resolve(adapter, base, wanted, parts, name_map or {})
     binding = Binding(notes=notes)
     layout = _Layout(
         base,
-        {found[f"{m}.weight"]: _factors(adapter, roles) for m, roles in parts.low_rank.items() if "a" in roles},
+        {
+            found[weights[module]]: _factors(adapter, roles)
+            for module, roles in parts.low_rank.items()
+            if "a" in roles and module not in bare
+        },
         config,
     )
     for module, roles in parts.low_rank.items():
-        weight = found[f"{module}.weight"]
+        weight = found[weights[module]]
+        if module in bare:
+            binding.add(weight, _experts(adapter, config, bare[module], roles, base, weight, coeff))
+            continue
         low_rank = _low_rank(adapter, config, module, roles, "a" in roles and layout.transposed(weight), coeff)
         _check_shape(low_rank, base.tensors[weight].spec, adapter)
         if config.use_dora and "magnitude" not in roles:
@@ -232,10 +244,10 @@ def bind(
         if found[name] is not None:
             _bind_full(adapter, base, binding, found[name], key, coeff)
     for module, key in parts.rows.items():
-        _bind_rows(adapter, config, base, binding, found[f"{module}.weight"], module, key, coeff)
+        _bind_rows(adapter, config, base, binding, found[weights[module]], module, key, coeff)
     _keep_tied(adapter, base, binding)
     if not allow_incomplete:
-        _refuse_incomplete(adapter, base, {found[f"{module}.weight"] for module in parts.low_rank})
+        _refuse_incomplete(adapter, base, {found[weights[module]] for module in parts.low_rank})
     return binding
 
 
@@ -404,6 +416,49 @@ def _low_rank(
     return LowRank(a, b, scaling, transposed=embedding or (transposed and len(a.spec.shape) == 2), coeff=coeff)
 
 
+def _respelled(base: Checkpoint, parts: peft.AdapterParts) -> Iterator[str]:
+    """Spell the base's fused experts as the adapter does, whose names may have another prefix."""
+    owners = {re.sub(r"(\.base_layer)+$", "", module) for module in parts.low_rank}
+    for name, spec in base.specs.items():
+        if len(spec.shape) == 3:
+            owner, _, leaf = name.rpartition(".")
+            for other in owners:
+                if other != owner and (other.endswith(f".{owner}") or owner.endswith(f".{other}")):
+                    yield f"{other}.{leaf}"
+
+
+def _experts(
+    adapter: Adapter, config: peft.LoraConfig, parameter: str, roles: Mapping[str, str], base: Checkpoint, name: str,
+    coeff: float,
+) -> ExpertsLowRank:  # fmt: skip
+    """Bind the factors of fused experts; which side of them is the input, A's width tells, else what the model is like."""
+    weight = base.tensors[name].spec
+    a, b = adapter.tensors[roles["a"]], adapter.tensors[roles["b"]]
+    experts = weight.shape[0] if len(weight.shape) == 3 else 1
+    rank, left = divmod(a.spec.shape[0], max(experts, 1))
+    fits = {
+        flipped: (b.spec.shape[0], a.spec.shape[-1]) == (weight.shape[-1:] + weight.shape[1:2] if flipped else weight.shape[1:])
+        for flipped in (False, True)
+    }  # fmt: skip
+    if "magnitude" in roles or "lora_bias" in roles:
+        raise UnsupportedError(
+            "DoRA and LoRA biases of experts are not supported", file=adapter.label, tensor=parameter
+        )
+    if left or not rank or b.spec.shape[-1] != a.spec.shape[0] or not any(fits.values()):
+        raise MismatchError(
+            f"A is {a.spec.describe()} and B {b.spec.describe()}, the weight {weight.describe()}",
+            file=adapter.label,
+            tensor=parameter,
+            mend="is this its base?",
+        )
+    try:
+        scaling = config.scaling(parameter, rank)
+    except SurgeryError as error:
+        raise error.at(file=adapter.label) from None
+    transposed = peft.experts_transposed(base.config) if all(fits.values()) else fits[True]
+    return ExpertsLowRank(a, b, experts, scaling, transposed, coeff)
+
+
 def _check_shape(low_rank: LowRank, weight: TensorSpec, adapter: Adapter) -> None:
     rows = weight.shape[0] if weight.shape else 1
     matrix = (rows, weight.numel // max(rows, 1))
@@ -439,12 +494,15 @@ def _bind_full(adapter: Adapter, base: Checkpoint, binding: Binding, weight: str
     if any(isinstance(update, Replacement) for update in binding.updates.get(weight, ())):
         return  # the twin of a tied weight, equal to the one that was bound
     if new.spec.shape != old.shape:
-        raise MismatchError(
-            f"is {new.spec.describe()} in the adapter and {old.describe()} in {base.label}",
-            file=adapter.label,
-            tensor=weight,
-            mend="a resized vocabulary cannot be merged yet",
-        )
+        resized = role_of(old) in ("embedding", "head") and new.spec.shape[1:] == old.shape[1:] and len(old.shape) == 2
+        if not resized or coeff != 1.0:
+            raise MismatchError(
+                f"is {new.spec.describe()} in the adapter and {old.describe()} in {base.label}",
+                file=adapter.label,
+                tensor=weight,
+                mend="a resized vocabulary merges with coefficient 1 only" if resized else "is this its base?",
+            )
+        binding.resized[weight] = new.spec.shape[0]
     counts = {old.dtype, new.spec.dtype} - set(ARITHMETIC)
     if counts and (len({old.dtype, new.spec.dtype}) > 1 or coeff not in (1.0, -1.0)):
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 An *update* adds ``coeff · Δ`` to the float64 values of a range of one weight:
 
 * :class:`LowRank`: ``Δ = scaling · B @ A`` (LoRA), for linear weights, transposed ones, embeddings and convolutions;
+* :class:`ExpertsLowRank`: the same for every matrix of a fused 3-D weight;
 * :class:`Magnitude`: DoRA, ``Δ = m / ‖W + s·BA‖ ∘ (W + s·BA) − W``;
 * :class:`Dense`: ``Δ`` itself;
 * :class:`Replacement`: ``Δ = new − base`` (biases, norms, whole modules);
@@ -111,6 +112,72 @@ class LoadedLowRank:
         rows = values.view(-1, width)
         first = start // width
         torch.addmm(rows, self.left[first : first + rows.shape[0]], self.right, alpha=self.scale, out=rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertsLowRank:
+    """``Δ_e = scaling · B_e @ A_e`` for each expert ``e`` of a fused weight ``(E, ·, ·)``, as PEFT lays factors out.
+
+    Args:
+        a: ``(E·r, in)``: row ``e·r + k``.
+        b: ``(out, r·E)``: column ``k·E + e``.
+        experts: ``E``.
+        scaling: ``alpha / r``.
+        transposed: the weight is ``(E, in, out)``.
+        coeff: the adapter's coefficient in the merge.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    experts: int
+    scaling: float
+    transposed: bool = False
+    coeff: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The delta's shape, in the weight's layout."""
+        out, into = self.b.spec.shape[0], self.a.spec.shape[1]
+        return (self.experts, into, out) if self.transposed else (self.experts, out, into)
+
+    @property
+    def unit(self) -> int:
+        """One row of one expert."""
+        return max(self.shape[2], 1)
+
+    @property
+    def resident(self) -> int:
+        """Both factors in float64."""
+        return 8 * (self.a.spec.numel + self.b.spec.numel)
+
+    def load(self) -> LoadedExperts:
+        """Read the factors, one pair an expert."""
+        a = numerics.load_wide(self.a).reshape(self.experts, -1, self.a.spec.shape[1])
+        b = numerics.load_wide(self.b).reshape(self.b.spec.shape[0], -1, self.experts).permute(2, 0, 1)
+        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
+        return LoadedExperts(left.contiguous(), right.contiguous(), self.scaling * self.coeff)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedExperts:
+    """Factors in float64: ``Δ_e[i:j] = scale · left[e, i:j] @ right[e]``."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
+        """Add the product of the range's rows, expert by expert."""
+        height, width = self.left.shape[1], self.right.shape[2]
+        rows = values.view(-1, width)
+        first = start // width
+        done = 0
+        while done < len(rows):
+            expert, row = divmod(first + done, height)
+            count = min(height - row, len(rows) - done)
+            part = rows[done : done + count]
+            torch.addmm(part, self.left[expert, row : row + count], self.right[expert], alpha=self.scale, out=part)
+            done += count
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -97,3 +97,15 @@ def transposed_weights(specs: Mapping[str, TensorSpec], config: Mapping[str, Any
     if evidence[True] > evidence[False] or (known and not evidence[False]):
         found.update(square)
     return found
+
+
+_FUSED_EXPERTS = re.compile(r"\bexperts\.(gate_up|gate|up|down)_proj$")
+
+
+def is_fused_experts(spec: TensorSpec) -> bool:
+    """Recognise fused experts: bare 3-D parameters of a module called ``experts``, one matrix an expert.
+
+    >>> is_fused_experts(TensorSpec("model.layers.0.mlp.experts.gate_up_proj", "BF16", (4, 64, 32)))
+    True
+    """
+    return len(spec.shape) == 3 and _FUSED_EXPERTS.search(spec.name) is not None

@@ -12,6 +12,7 @@ a range then starts at a multiple of ``unit`` and ends at one, or at the tensor'
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -197,6 +198,23 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+_UNITS = {
+    "": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int | None:
+    """Read a byte count as people write it; ``None`` if it is none.
+
+    >>> parse_bytes("5GB"), parse_bytes("1.5 MiB"), parse_bytes("many")
+    (5000000000, 1572864, None)
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?B?)", text, re.IGNORECASE)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    return int(float(found[1]) * unit) if found and unit else None
 
 
 def human_count(count: float) -> str:

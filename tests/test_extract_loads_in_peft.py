@@ -412,18 +412,55 @@ def test_a_fine_tune_with_a_new_head_loads_on_the_bare_base(bases, tmp_path):
     assert_close(merged.state_dict(), wanted, 2**-21)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
-def test_an_embedding_that_moved_throughout_is_left_out_and_said_so(kind, bases, tmp_path):
-    base = bases(kind)
-    table = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
-    linear = "transformer.h.0.mlp.c_fc.weight" if kind == "gpt2" else "model.layers.0.mlp.up_proj.weight"
-    tuned = change(base, tmp_path / "tuned", kind, table, linear)
+TABLES = {
+    "llama": ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"),
+    "llama-tied": ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"),
+    "gpt2": ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"),
+}
+"""An embedding that will move throughout, and a linear weight beside it."""
+
+
+def how(adapter, name):
+    return next(row.how for row in adapter.report.rows if row.name == name)
+
+
+def test_an_untied_embedding_that_moved_throughout_is_factored(bases, tmp_path):
+    base, (table, linear) = bases("llama"), TABLES["llama"]
+    tuned = change(base, tmp_path / "tuned", "llama", table, linear)
+    adapter = surgery.extract_lora(base, tuned, rank=8)
+    adapter.save(tmp_path / "adapter")
+    assert how(adapter, table) == "lora"
+    merged = assert_loads("llama", base, tmp_path / "adapter")
+    delta = tensors_of(tuned)[table].double() - tensors_of(base)[table].double()
+    best = torch.linalg.svdvals(delta)[8:].norm()
+    assert (merged[table].double() - tensors_of(tuned)[table].double()).norm() <= 1.001 * best + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
+def test_a_tied_embedding_that_moved_throughout_is_stored_whole_where_it_is_worth_its_bytes(kind, bases, tmp_path):
+    base, (table, linear) = bases(kind), TABLES[kind]
+    tuned = change(base, tmp_path / "tuned", kind, table, linear, size=0.05)
     adapter = surgery.extract_lora(base, tuned, rank=32)
     adapter.save(tmp_path / "adapter")
-    assert [row.name for row in adapter.report.rows if row.how == "left out"] == [table]
+    assert how(adapter, table) == "rows"
+    merged = assert_loads(kind, base, tmp_path / "adapter", tuned)
+    assert torch.equal(merged[table], tensors_of(tuned)[table])
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
+def test_a_tied_embedding_that_moved_throughout_but_little_is_left_out_and_said_so(kind, bases, tmp_path):
+    base, (table, linear) = bases(kind), TABLES[kind]
+    middle = change(base, tmp_path / "middle", kind, linear)
+    tuned = change(middle, tmp_path / "tuned", kind, table, size=1e-4)
+    adapter = surgery.extract_lora(base, tuned, rank=1)
+    adapter.save(tmp_path / "adapter")
+    assert how(adapter, table) == "left out"
     assert 0 < adapter.report.kept < 1
     merged = assert_loads(kind, base, tmp_path / "adapter")
     assert torch.equal(merged[table], tensors_of(base)[table])
+    whole = surgery.extract_lora(base, tuned, rank=1, embeddings="full")
+    assert how(whole, table) == "rows"
+    assert torch.equal(surgery.merge(base, whole)[table], tensors_of(tuned)[table])
 
 
 # --- narrow dtypes

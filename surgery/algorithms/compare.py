@@ -83,11 +83,13 @@ class RowMoments:
         self._seen = 0
 
     def update(self, old: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add the next rows: ``(count, width)``, float64."""
-        product = numerics.scratch("row product", old.numel()).view(old.shape)
+        """Add the next rows: ``(count, width)``, float32 or float64."""
+        product = numerics.scratch("row product", old.numel(), old.dtype).view(old.shape)
+        row_sums = numerics.scratch("row sums", len(old), old.dtype)
         place = self._sums[:, self._seen : self._seen + len(old)]
         for target, (left, right) in zip(place, ((old, old), (old, delta), (delta, delta)), strict=True):
-            torch.sum(torch.mul(left, right, out=product), 1, out=target)
+            torch.sum(torch.mul(left, right, out=product), 1, out=row_sums)
+            target.copy_(row_sums)
         self._seen += len(old)
 
     def trained(self, dtype: str) -> tuple[torch.Tensor, float, torch.Tensor]:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgery import numerics
 
@@ -25,6 +27,8 @@ GRAM_SIDE = 512
 """Short sides up to this take the Gram route at any rank: it is exact, and as fast."""
 GRAM_SHARE = 0.25
 """So do ranks above this share of the short side, where a sketch would be about as large as the Gram matrix."""
+CANCELLED = 1e-4
+"""A residual below this share of ``‖Δ‖²`` is computed entry by entry: differences of float32 products are 1e-7 of it."""
 MAX_STEPS = 12
 """Most power steps; a spectrum that has not settled by then goes the Gram route."""
 
@@ -44,6 +48,7 @@ class TruncatedSVD:
     sigma: torch.Tensor
     right: torch.Tensor
     energy: float
+    excess: float = 0.0
 
     def captured(self, rank: int) -> float:
         """Return ``Σ_{i≤rank} σᵢ²``: the energy that the first ``rank`` components hold."""
@@ -62,7 +67,7 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    delta: torch.Tensor, rank: int, generator: torch.Generator, *, tolerance: float = 1e-3
+    delta: torch.Tensor, rank: int, generator: torch.Generator, *, tolerance: float = 1e-3, exact: bool = False
 ) -> TruncatedSVD:
     """Compute the leading ``rank`` singular triplets of ``delta``, and what came with them.
 
@@ -103,6 +108,14 @@ def truncated_svd(
         return _canonical(flipped.right.T, flipped.sigma, flipped.left.T, energy)
     tall = _tall(delta, rank, generator, tolerance, energy)
     return _canonical(tall.left, tall.sigma, tall.right, energy)
+
+
+def working_bytes(shape: tuple[int, int], rank: int, *, exact: bool = False) -> int:
+    """Return how many bytes :func:`truncated_svd` needs beside ``Δ`` itself."""
+    m, n = shape
+    side, width = min(m, n), min(2 * rank + 16, m, n)
+    gram = 8 * m * n + 40 * side * side if side <= 4096 else 32 * side * side
+    return max(gram, m * n) + 64 * width * (m + n)
 
 
 def _nothing(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
@@ -148,6 +161,30 @@ def _subspace(
         before = captured
         basis = _orthonormal(delta.T @ _orthonormal(image))
     return None
+
+
+def component_products(
+    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, energy: float
+) -> tuple[NDArray[np.float64], float]:
+    """Return ``⟨bₖ aₖ, Δ⟩`` of every component of ``left @ right``, and ``‖Δ − left @ right‖²``.
+
+    The second is ``‖Δ‖² − 2 Σₖ ⟨bₖ aₖ, Δ⟩ + ‖left @ right‖²``, without an ``m × n`` product; where the three cancel, and
+    float32 products could not tell what is left, it is computed entry by entry.
+
+    Args:
+        delta: ``(m, n)``, float32 or float64.
+        left: ``(m, r)``, of any floating dtype: the factors as they will be stored.
+        right: ``(r, n)``.
+        energy: ``‖Δ‖²``.
+    """
+    image = (delta @ right.to(delta.dtype).T).double()
+    wide_left, wide_right = left.double(), right.double()
+    products = (image * wide_left).sum(0)
+    own = float(((wide_left.T @ wide_left) * (wide_right @ wide_right.T)).sum())
+    rest = energy - 2 * float(products.sum()) + own
+    if rest < CANCELLED * energy:
+        rest = residual_energy(delta, left, right)
+    return products.numpy(), rest
 
 
 def residual_energy(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:

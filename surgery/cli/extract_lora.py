@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,15 +35,22 @@ class Rank(click.ParamType[int | str]):
 @click.argument("base", type=click.Path())
 @click.argument("ft", type=click.Path())
 @click.option(
-    "-r",
-    "--rank",
-    type=Rank(),
-    default=8,
-    show_default=True,
-    metavar="N|full",
-    help="Rank of every matrix, clamped to what it has.",
+    "-r", "--rank", type=Rank(), metavar="N|full", help="Of every matrix, clamped to what it has.  [default: 8]"
 )
-@click.option("-o", "--output", "out", type=click.Path(), help="The adapter's folder; ./<ft>-lora-r<rank> by default.")
+@click.option("--energy", type=float, metavar="SHARE", help="Instead: keep this share of each delta's energy, as 0.9.")
+@click.option(
+    "--error",
+    type=float,
+    metavar="SHARE",
+    help="Instead: reach this total relative error, as 0.3, in the fewest bytes.",
+)
+@click.option("--budget", metavar="SIZE|%", help="Instead: the least error in so many bytes, 50MB or 1% of the model.")
+@click.option("--noise-floor", is_flag=True, help="Drop what the fine-tune's own rounding cannot tell from zero.")
+@click.option("--max-rank", type=click.IntRange(min=1), metavar="N", help="Largest rank.")
+@click.option("--rank-multiple", type=click.IntRange(min=1), default=1, metavar="N", help="Make ranks multiples of N.")
+@click.option("--layout", type=click.Choice(["compact", "portable"]), default="compact", show_default=True,
+              help="Each matrix its own rank, or all padded with zeros to one.")  # fmt: skip
+@click.option("-o", "--output", "out", type=click.Path(), help="The adapter's folder; ./<ft>-lora-r8 by default.")
 @click.option(
     "--target",
     multiple=True,
@@ -56,6 +63,11 @@ class Rank(click.ParamType[int | str]):
     type=click.Choice(["F32", "BF16", "F16"], case_sensitive=False),
     help="Of the factors; the fine-tune's own by default.",
 )
+@click.option("--embeddings", type=click.Choice(["auto", "full", "none"]), default="auto", show_default=True,
+              help="Trained rows, or low rank where all moved; whole; or not at all.")  # fmt: skip
+@click.option("--tol", "tolerance", type=float, default=1e-3, show_default=True,
+              help="Certified relative excess of each error over the best possible.")  # fmt: skip
+@click.option("--exact", is_flag=True, help="Factor with LAPACK's SVD.")
 @click.option("--device", default="cpu", show_default=True, help="Where to factor, as torch names it.")
 @click.option("--base-id", metavar="ORG/NAME", help="The base's Hub id, for the adapter's configuration.")
 @click.option(
@@ -71,9 +83,10 @@ class Rank(click.ParamType[int | str]):
 @options.progress
 @options.common
 def command(
-    base: str, ft: str, rank: int | str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...], dtype: str | None,
-    device: str, base_id: str | None, names_in_memory: bool, seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool,
-    dry_run: bool, as_json: bool, quiet: bool, progress: str,
+    base: str, ft: str, rank: int | str | None, energy: float | None, error: float | None, budget: str | None, noise_floor: bool,
+    max_rank: int | None, rank_multiple: int, layout: str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...],
+    dtype: str | None, embeddings: Any, tolerance: float, exact: bool, device: str, base_id: str | None, names_in_memory: bool,
+    seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
 
@@ -88,11 +101,13 @@ def command(
     from surgery.operations.extract_lora import default_output, plan_extraction
     from surgery.operations.extraction_report import summary
 
-    out = out or default_output(ft, rank)
     extraction = plan_extraction(
-        base, ft, rank=rank, target=target, exclude=exclude, dtype=dtype.upper() if dtype else None, device=device,  # type: ignore[arg-type]
-        rename=rename, base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
+        base, ft, rank=rank, energy=energy, error=error, budget=budget, noise_floor=noise_floor, max_rank=max_rank,
+        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings,
+        dtype=dtype.upper() if dtype else None, device=device, tolerance=tolerance, exact=exact, rename=rename,
+        base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
     )  # fmt: skip
+    out = out or default_output(ft, extraction.rule)
     if dry_run:
         _print_plan(extraction, out, as_json)
         return
@@ -121,7 +136,7 @@ def command(
 
 
 def _print_plan(extraction: Extraction, out: str, as_json: bool) -> None:
-    counts = {"factor": len(extraction.matrices), "compare in full": len(extraction.full),
+    counts = {"factor": len(extraction.units), "compare in full": len(extraction.full) + len(extraction.resized),
               "examine row by row": len(extraction.embeddings), "leave out": len(extraction.left_out)}  # fmt: skip
     if as_json:
         terminal.document({"schema": "surgery.plan/1", "operation": "extract-lora", "out": out, "tensors": counts,

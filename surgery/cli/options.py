@@ -11,16 +11,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from surgery.tensor import parse_bytes
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Size(click.ParamType[int]):
@@ -32,11 +30,7 @@ class Size(click.ParamType[int]):
         """Parse a size."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?B?)", value, re.IGNORECASE)
-        unit = found[2].upper() if found else ""
-        if found and unit in {"K", "M", "G", "T"}:
-            unit += "B"
-        size = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
+        size = parse_bytes(value) or 0
         if size < 1:
             self.fail(f"{value!r} is not a size like 5GB or 500MB", param, ctx)
         return size

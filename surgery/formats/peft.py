@@ -28,13 +28,12 @@ _HARMLESS = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "use_dora", "lora_bias",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying", "surgery",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "target_parameters", "surgery",
 }  # fmt: skip
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_YET = {
     "alora_invocation_tokens": "activated LoRA acts only on some tokens, so it cannot be merged",
     "layer_replication": "its layers share base weights, so it cannot be merged",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported yet",
     "use_qalora": "QALoRA is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "kasa_config": "KaSA is not supported",
@@ -54,6 +53,8 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    """Bare parameters (fused experts) that carry LoRA, by full name or dotted ending."""
     base_name: str | None = None
 
     def scaling(self, module: str, rank: int) -> float:
@@ -115,6 +116,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
             f"{CONFIG} sets {unknown[0]!r}, which may change the result", mend="remove it if it does not"
         )
     _names(document, "modules_to_save")
+    _names(document, "target_parameters")
     if isinstance(document.get("target_modules"), str):
         check_expression(document["target_modules"], "target_modules")
     else:
@@ -128,6 +130,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
         rank_pattern=_numbers(document, "rank_pattern", whole=True),
         alpha_pattern=_numbers(document, "alpha_pattern", whole=False),
         token_indices=_token_indices(document.get("trainable_token_indices")),
+        target_parameters=tuple(document.get("target_parameters") or ()),
         base_name=document.get("base_model_name_or_path"),
     )
 
@@ -304,6 +307,50 @@ def collect(keys: Iterable[str]) -> AdapterParts:
     return parts
 
 
+def parameter_order(name: str) -> tuple[bool, str]:
+    """Sort key of bare parameters of one module: the order in which models define them, and PEFT wraps them.
+
+    The first is wrapped innermost: its factors are called ``base_layer.lora_A.weight`` where another one follows.
+
+    >>> sorted(["experts.down_proj", "experts.gate_up_proj"], key=parameter_order)
+    ['experts.gate_up_proj', 'experts.down_proj']
+    """
+    return name.endswith("down_proj"), name
+
+
+def bare_parameters(config: LoraConfig, modules: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Find the bare parameters that modules of an adapter stand for.
+
+    Args:
+        config: says which parameters are meant.
+        modules: the adapter's modules, as :func:`collect` names them.
+        names: all parameters of the base, under the adapter's spelling.
+
+    Returns:
+        Module (with its ``.base_layer`` wrappers) → parameter.
+
+    >>> config = LoraConfig(2, 2.0, target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+    >>> bare_parameters(config, ["h.experts.base_layer", "h.experts"], ["h.experts.gate_up_proj", "h.experts.down_proj"])
+    {'h.experts.base_layer': 'h.experts.gate_up_proj', 'h.experts': 'h.experts.down_proj'}
+    """
+    if not config.target_parameters:
+        return {}
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        if any(name == target or name.endswith(f".{target}") for target in config.target_parameters):
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+    found = {}
+    for module in modules:
+        owner = module
+        while owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+        inner = module.count(".base_layer")
+        parameters = sorted(owners.get(owner, ()), key=parameter_order)
+        if inner < len(parameters):
+            found[module] = parameters[len(parameters) - 1 - inner]
+    return found
+
+
 def task_type(config: Mapping[str, Any] | None) -> str | None:
     """Name the PEFT task of a model's ``config.json``: the wrapper class that PEFT loads it in.
 
@@ -323,6 +370,31 @@ def task_type(config: Mapping[str, Any] | None) -> str | None:
     if architectures[0].endswith("ForConditionalGeneration") and (config or {}).get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
     return "FEATURE_EXTRACTION" if architectures[0].endswith("Model") else None
+
+
+def refused_modules(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Name modules that PEFT refuses to adapt in a model, whose fused kernels would pass the adapter by."""
+    return ("out_proj", "conv1d") if (config or {}).get("model_type") in _MAMBAS else ()
+
+
+_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def experts_transposed(config: Mapping[str, Any] | None) -> bool:
+    """Say whether PEFT takes fused experts for ``(E, in, out)``: a property of the model's class, told by its type."""
+    return (config or {}).get("model_type") in ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
+
+
+def has_language_head(config: Mapping[str, Any] | None) -> bool:
+    """Say whether a model's architecture ends in a head over its vocabulary.
+
+    >>> has_language_head({"architectures": ["Qwen2ForCausalLM"]}), has_language_head({"architectures": ["BertModel"]})
+    (True, False)
+    """
+    architectures = (config or {}).get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    endings = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+    return any(isinstance(name, str) and name.endswith(endings) for name in names)
 
 
 TASK_HEADS = {
@@ -384,6 +456,7 @@ def lora_config(
     *,
     r: int,
     targets: Sequence[str],
+    parameters: Sequence[str] = (),
     ranks: Mapping[str, int],
     base_name: str | None,
     revision: str | None = None,
@@ -419,6 +492,7 @@ def lora_config(
         "rank_pattern": dict(pattern),
         "revision": revision,
         "target_modules": list(targets),
+        **({"target_parameters": list(parameters)} if parameters else {}),
         "task_type": task,
         "trainable_token_indices": {name: list(rows) for name, rows in token_indices.items()}
         if token_indices

@@ -29,6 +29,8 @@ class Row:
     """The same at twice the rank; what a further rank would leave."""
     nbytes: int
     why: str = ""
+    excess: float = 0.0
+    """Certified bound on the relative excess of the error over the best of this rank, before rounding."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ExtractionReport:
     rows: tuple[Row, ...]
     base_norm: float
     """‖W‖ of all compared base tensors."""
+    tolerance: float = 1e-3
+    """Relative excess over the best possible that was allowed to each factorisation."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,6 +59,11 @@ class ExtractionReport:
     def error(self) -> float:
         """Relative error ‖Δ − stored‖ / ‖Δ‖ over everything."""
         return math.sqrt(max(1.0 - self.kept, 0.0))
+
+    @property
+    def excess(self) -> float:
+        """Certified bound on the relative excess of any factorisation's error over the best possible at its rank."""
+        return max((row.excess for row in self.rows), default=0.0)
 
     @property
     def kept_by_lora(self) -> tuple[float, float]:
@@ -76,7 +85,16 @@ class ExtractionReport:
         total = human_bytes(sum(row.nbytes for row in self.rows))
         lines.append(("all", "", str(len(self.rows)), "100 %", percent(self.kept), f"{self.error:.4f}", total))
         columns = ("weights", "stored as", "tensors", "share of ‖Δ‖²", "kept", "rel. error", "bytes")
-        return Table(f"What the adapter keeps (rank {self.rank})", columns, tuple(lines))
+        return Table(f"What the adapter keeps ({self.title})", columns, tuple(lines))
+
+    @property
+    def title(self) -> str:
+        """The rule, and the ranks that it came to."""
+        ranks = sorted({row.rank for row in self.rows if row.how == "lora"})
+        rule = f"rank {self.rank}" if self.rank.isdigit() or self.rank == "full" else self.rank
+        if not ranks or self.rank == str(ranks[-1]):
+            return rule
+        return f"{rule}: rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
     def document(self) -> dict[str, Any]:
         """Return everything, for ``--json`` and the record."""
@@ -87,12 +105,14 @@ class ExtractionReport:
             "relative_error": self.error,
             "lora_energy_kept": kept,
             "lora_energy_kept_at_twice_the_rank": following,
+            "certified_excess": self.excess,
             "relative_delta": math.sqrt(self.energy) / self.base_norm if self.base_norm else 0.0,
             "tensors": [
                 {
                     "name": row.name, "role": row.role, "stored_as": row.how, "rank": row.rank, "bytes": row.nbytes,
                     "share": row.energy / self.energy if self.energy else 0.0,
                     "relative_error": math.sqrt(row.residual / row.energy) if row.energy else 0.0,
+                    **({"certified_excess": row.excess} if row.how == "lora" else {}),
                     **({"why": row.why} if row.why else {}),
                 }
                 for row in self.rows

@@ -1,4 +1,9 @@
-"""Running an extraction: read both models, factor what LoRA holds, keep what PEFT stores in full, account for the rest.
+"""Running an extraction: measure, choose ranks, lay out.
+
+*Measure*: every tensor is read once, before and after; what LoRA can hold is factored as deep as the rule first looks,
+into the spool. *Choose*: the rule sees all spectra; where it used all that is known of one, that weight is read again
+and factored twice as deep, until the choice stands. *Lay out*: the chosen components take the names and shapes that
+PEFT gives them, beside what it stores in full.
 
 Tensors are independent, so they are the parallelism: each is worked on by one thread, and torch adds none of its own.
 The result is then the same for any number of threads.
@@ -7,83 +12,36 @@ The result is then the same for any number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from surgery import execute, numerics, provenance
 from surgery.adapter import Adapter
 from surgery.algorithms.compare import SMALL_TABLE, RowMoments
-from surgery.algorithms.lowrank import residual_energy, truncated_svd
+from surgery.algorithms.lowrank import component_products, truncated_svd
+from surgery.algorithms.ranks import Spectrum
 from surgery.errors import MismatchError, NumericError, SurgeryError
-from surgery.formats import peft
+from surgery.formats import peft, safetensors
 from surgery.names import module_of
 from surgery.operations.extraction_report import ExtractionReport, Row, card
+from surgery.operations.extraction_units import EXPERTS, Factors, Unit
+from surgery.operations.pairs import Pair
 from surgery.report import join_shown
 from surgery.roles import role_of
 from surgery.sources.spool import Spool
-from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
+from surgery.tensor import ARITHMETIC, LazyTensor, Renamed, TensorSpec, human_bytes, renamed
 
 if TYPE_CHECKING:
     from surgery.operations.extract_lora import Extraction
 
+T = TypeVar("T")
 ROWS_SHARE = 0.25
 """An embedding of which more than this share of rows was trained is not worth storing row by row."""
-
-
-class Pair:
-    """One tensor before and after, read once, block by block, and fingerprinted on the way."""
-
-    def __init__(self, base: LazyTensor, tuned: LazyTensor, labels: tuple[str, str]) -> None:
-        self._labels = labels
-        self.base = provenance.Traced(base)
-        self.tuned = provenance.Traced(tuned)
-        self.spec = base.spec
-        self.role = role_of(base.spec)
-        self.weight_energy = 0.0
-        """‖W‖² of the blocks read so far."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.base.spec.nbytes + self.tuned.spec.nbytes
-
-    def blocks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (start, W, ΔW) in float64: whole rows, and valid until the next.
-
-        Raises:
-            NumericError: a value is NaN or infinite.
-        """
-        spec = self.spec
-        unit = math.lcm(self.base.unit, self.tuned.unit, max(spec.shape[-1], 1) if spec.shape else 1)
-        step = max(numerics.BLOCK // unit, 1) * unit
-        for start in range(0, spec.numel, step):
-            stop = min(start + step, spec.numel)
-            old = numerics.widen(self.base, start, stop, numerics.scratch("old", stop - start))
-            delta = numerics.widen(self.tuned, start, stop, numerics.scratch("delta", stop - start)).sub_(old)
-            if not math.isfinite(float(delta.sum())):
-                where = self._labels[bool(old.isfinite().all())]
-                raise NumericError(
-                    "holds NaN or Inf", file=where, tensor=spec.name, mend="--exclude it, or mend the model"
-                )
-            self.weight_energy += float(old @ old)
-            yield start, old, delta
-
-    def energy(self) -> float:
-        """Return ‖ΔW‖²."""
-        return math.fsum(float(delta @ delta) for _, _, delta in self.blocks())
-
-    def matrix(self) -> torch.Tensor:
-        """Return ΔW whole, in float32: valid until this thread's next matrix."""
-        flat = numerics.scratch("matrix", self.spec.numel, torch.float32)
-        for start, _, delta in self.blocks():
-            flat[start : start + delta.numel()] = delta
-        if not math.isfinite(float(flat.abs().max())):
-            raise NumericError("the difference overflows float32", file=self._labels[1], tensor=self.spec.name)
-        return flat.view(self.spec.shape)
 
 
 @dataclass
@@ -91,33 +49,93 @@ class Found:
     """What became of one tensor."""
 
     row: Row
-    pair: Pair
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    prints: tuple[str, str]
+    """Fingerprints of the base's and the fine-tune's tensor."""
+    weight_energy: float
+    """‖W‖²."""
+    factors: Factors | None = None
+    following: float = 0.0
+    """Squared error at twice the depth, at most."""
     token_rows: list[int] = field(default_factory=list)
+    whole: bool = False
+    """An embedding that moved all over, and could be stored in full."""
     note: str | None = None
 
 
 class Run:
     """One extraction being run."""
 
-    def __init__(self, plan: Extraction, progress: execute.Progress) -> None:
+    def __init__(self, plan: Extraction) -> None:
         self.plan = plan
-        self.progress = progress
+        self.settings = plan.settings
         self.spool = Spool()
         self.found: dict[str, Found] = {}
         self.tensors: dict[str, LazyTensor] = {}
         self.ranks: dict[str, int] = {}
+        """Rank of every factored unit, by its weight's name."""
 
-    def adapter(self) -> Adapter:
+    def adapter(self, progress: execute.Progress) -> Adapter:
         """Run everything and compose the adapter."""
+        progress.start(self.plan.bytes_read)
+        try:
+            in_parallel(self.largest_first(), lambda name: self._watched(name, progress), self.settings.jobs)
+        finally:
+            progress.finish()
+        return self.compose()
+
+    def _watched(self, name: str, progress: execute.Progress) -> None:
+        self.examine(name, self.plan.base.tensors[name])
+        progress.advance(self.plan.base.tensors[name].spec.nbytes + self.plan.tuned[name].spec.nbytes)
+
+    def largest_first(self) -> list[str]:
+        """Name all tensors to examine, so that no thread is left alone with a large one at the end."""
         plan = self.plan
-        self._examine()
-        self._collect_factors()
-        saved, biases = self._keep_in_full()
-        rows = tuple(found.row for found in self.found.values())
-        moved = [row.name for row in rows if row.energy]
+        names = [*plan.units, *plan.full, *plan.embeddings, *plan.resized, *plan.left_out]
+        return sorted(names, key=lambda name: -plan.base.tensors[name].spec.numel)
+
+    def examine(self, name: str, base: LazyTensor) -> None:
+        """Read one tensor before and after, and find what can be kept of its change. Safe to call from many threads.
+
+        Args:
+            name: its name.
+            base: its values in the base, from wherever they are at hand.
+        """
+        plan = self.plan
+        try:
+            if name in plan.resized:
+                self.found[name] = self._resized(name, base)
+                return
+            pair = Pair(base, plan.tuned[name], (plan.base.label, plan.tuned_label))
+            if name in plan.units:
+                unit = plan.units[name]
+                self.found[name] = self._factor(pair, unit, plan.rule.first_depth(unit.limit))
+            elif name in plan.full:
+                self.found[name] = self._entry(pair, Row(name, pair.role, "unchanged", 0, pair.energy(), 0.0, 0.0, 0))
+            elif name in plan.embeddings:
+                self.found[name] = self._embedding(pair)
+            else:
+                self.found[name] = self._left_out(pair)
+        except SurgeryError as error:
+            raise error.at(tensor=name) from None
+
+    def compose(self) -> Adapter:
+        """Choose ranks and lay the adapter out, once every tensor was examined.
+
+        Raises:
+            MismatchError: nothing differs, nothing of it fits, or the budget is too small.
+        """
+        plan = self.plan
+        self.found = {name: self.found[name] for name in self._in_order()}
+        plan.notes.extend(found.note for found in self.found.values() if found.note)
+        moved = [name for name, found in self.found.items() if found.row.energy]
         if not moved:
-            raise MismatchError(f"no differences: all {len(rows)} compared tensors are equal", file=plan.tuned_label)
+            raise MismatchError(
+                f"no differences: all {len(self.found)} compared tensors are equal", file=plan.tuned_label
+            )
+        self._choose()
+        self._store_whole_embeddings()
+        self._lay_out_factors()
+        saved, biases = self._keep_in_full()
         if not self.tensors:
             raise MismatchError(
                 f"nothing that differs can be stored in an adapter: {join_shown(moved)}", file=plan.tuned_label
@@ -125,115 +143,106 @@ class Run:
         carrier = not self.ranks
         if carrier:
             self._add_carrier()
-        weight = math.fsum(found.pair.weight_energy for found in self.found.values())
-        report = ExtractionReport(self._rank_name(), rows, math.sqrt(weight), tuple(plan.notes))
-        document = self._config(saved, biases, carrier)
+        rows = tuple(found.row for found in self.found.values())
+        weight = math.fsum(found.weight_energy for found in self.found.values())
+        report = ExtractionReport(plan.rule.name, rows, math.sqrt(weight), plan.settings.tolerance, tuple(plan.notes))
+        document = self._config(saved, biases)
+        prints = {name: found.prints for name, found in sorted(self.found.items())}
         return Adapter(
             self.tensors,
             document,
-            label=f"{plan.tuned_label}-lora-r{self._rank_name()}",
+            label=f"{plan.tuned_label}-lora-{plan.rule.slug}",
             stored=[*plan.base.stored, *plan.tuned_stored],
             files={"README.md": card(report, document, plan.base.label, plan.tuned_label)},
-            record=lambda prints: self._record(prints, report),
-            taken_from=self._base_prints(),
+            record=lambda outputs: self._record(outputs, report, prints),
+            taken_from={name: before for name, (before, _) in prints.items()},
             report=report,
         )
 
-    def _rank_name(self) -> str:
-        return "full" if self.plan.rank is None else str(self.plan.rank)
-
-    def _module(self, name: str) -> str:
-        return module_of(self.plan.spelled(name))
-
-    def _base_prints(self) -> dict[str, str]:
-        return {name: found.pair.base.fingerprint() for name, found in sorted(self.found.items())}
-
-    def _examine(self) -> None:
-        """Work through all tensors; each thread takes the largest one left."""
+    def _in_order(self) -> list[str]:
         plan = self.plan
-        work = dict.fromkeys(plan.matrices, self._factor)
-        work |= dict.fromkeys(plan.full, self._measure) | dict.fromkeys(plan.embeddings, self._embedding)
-        work |= dict.fromkeys(plan.left_out, self._left_out)
-        order = sorted(work, key=lambda name: -plan.base.tensors[name].spec.numel)
+        return [*plan.units, *plan.full, *plan.embeddings, *plan.resized, *plan.left_out]
 
-        def examine(name: str) -> Found:
-            pair = Pair(plan.base.tensors[name], plan.tuned[name], (plan.base.label, plan.tuned_label))
-            try:
-                found = work[name](pair)
-            except SurgeryError as error:
-                raise error.at(tensor=name) from None
-            self.progress.advance(pair.nbytes)
-            return found
+    # --- measuring ---------------------------------------------------------------------------------------------------
 
-        self.progress.start(plan.bytes_read)
-        with ThreadPoolExecutor(plan.jobs, thread_name_prefix="surgery") as pool, numerics.single_threaded():
-            try:
-                results = dict(zip(order, pool.map(examine, order), strict=True))
-            finally:
-                pool.shutdown(cancel_futures=True)
-                self.progress.finish()
-        self.found = {name: results[name] for name in work}
-        plan.notes.extend(found.note for found in self.found.values() if found.note)
+    def _entry(self, pair: Pair, row: Row, **more: Any) -> Found:
+        return Found(row, (pair.base.fingerprint(), pair.tuned.fingerprint()), pair.weight_energy, **more)
 
-    def _factor(self, pair: Pair) -> Found:
-        name = pair.spec.name
-        delta = pair.matrix()
-        rank = self.plan.rank_of(name)
-        generator = numerics.generator(self.plan.seed, name, "sketch")
-        svd = truncated_svd(delta.to(self.plan.device), rank, generator)
-        if not svd.energy:
-            return Found(Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0), pair)
-        left, right = (factor.cpu() for factor in svd.factors(rank))
-        flipped = name in self.plan.transposed
-        b, a = (right.T, left.T) if flipped else (left, right)
-        stem = f"{peft.PREFIX}{self._module(name)}"
-        stored_a, lazy_a = self._store(f"{stem}.lora_A.weight", a)
-        stored_b, lazy_b = self._store(f"{stem}.lora_B.weight", b)
-        left, right = (stored_a.T, stored_b.T) if flipped else (stored_b, stored_a)
-        residual = min(residual_energy(delta, left, right), svd.energy)
+    def _factor(self, pair: Pair, unit: Unit, depth: int) -> Found:
+        """Factor a weight's delta to ``depth`` components a matrix, and round them to the adapter's dtype."""
+        delta = pair.delta().view(unit.experts, *unit.matrix)
+        name, settings = unit.name, self.settings
+        lefts, rights, products = [], [], np.zeros(depth)
+        squares, energy, residual, beyond, excess = np.zeros(depth), 0.0, 0.0, 0.0, 0.0
+        for expert, one in enumerate(delta):
+            generator = numerics.generator(settings.seed, name, f"sketch {expert}" if unit.experts > 1 else "sketch")
+            svd = truncated_svd(
+                one.to(settings.device), depth, generator, tolerance=settings.tolerance, exact=settings.exact
+            )
+            left, right = (self._rounded(factor.cpu(), name) for factor in svd.factors(depth))
+            found, rest = component_products(one, left, right, svd.energy)
+            lefts.append(left.T)
+            rights.append(right)
+            products += found
+            squares += svd.sigma[:depth].square().cpu().numpy()
+            energy += svd.energy
+            residual += min(rest, svd.energy)
+            beyond += max(svd.energy - svd.captured(2 * depth), 0.0)
+            excess = max(excess, svd.excess)
         numerics.release_freed_memory()
-        following = min(max(svd.energy - svd.captured(2 * rank), 0.0), residual)
-        nbytes = lazy_a.spec.nbytes + lazy_b.spec.nbytes
-        row = Row(name, pair.role, "lora", rank, svd.energy, residual, following, nbytes)
-        return Found(row, pair, {lazy.spec.name: lazy for lazy in (lazy_a, lazy_b)})
+        factors = Factors(
+            unit, self._spooled(name, lefts), self._spooled(name, rights), squares, energy, products, residual, excess
+        )
+        row = Row(name, pair.role, "unchanged", 0, energy, 0.0, 0.0, 0)
+        return self._entry(pair, row, factors=factors, following=min(beyond, residual))
 
-    def _store(self, key: str, values: torch.Tensor) -> tuple[torch.Tensor, LazyTensor]:
-        """Round a factor to the adapter's dtype and put it into the spool."""
-        rounded = numerics.round_scalar(values, self.plan.dtype).contiguous()
+    def _rounded(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        rounded = numerics.round_scalar(values, self.plan.dtype)
         if not rounded.isfinite().all():
             raise NumericError(
                 f"its factors overflow {self.plan.dtype}", file=self.plan.tuned_label, mend="--dtype F32"
             )
-        spec = TensorSpec(key, self.plan.dtype, tuple(rounded.shape))
-        return rounded, self.spool.add(spec, rounded.view(torch.uint8).numpy().tobytes())
+        return rounded
 
-    def _measure(self, pair: Pair) -> Found:
-        """Measure what will be stored in full, or not at all, once all of its kind are measured."""
-        return Found(Row(pair.spec.name, pair.role, "unchanged", 0, pair.energy(), 0.0, 0.0, 0), pair)
+    def _spooled(self, name: str, parts: Sequence[torch.Tensor]) -> LazyTensor:
+        return self._store(name, torch.stack(list(parts)))
+
+    def _store(self, key: str, values: torch.Tensor) -> LazyTensor:
+        values = values.contiguous()
+        spec = TensorSpec(key, numerics.NAMES[values.dtype], tuple(values.shape))
+        return self.spool.add(spec, values.view(-1).view(torch.uint8).numpy().tobytes())
 
     def _embedding(self, pair: Pair) -> Found:
         """Store the rows of an embedding that training moved further than the common shrink of weight decay."""
-        name, width = pair.spec.name, pair.spec.shape[1]
+        plan, name, width = self.plan, pair.spec.name, pair.spec.shape[1]
         moments = RowMoments(pair.spec.shape[0])
         for _, old, delta in pair.blocks():
             moments.update(old.view(-1, width), delta.view(-1, width))
         rows, shrink, energy = moments.trained(pair.spec.dtype)
-        if self.plan.rank is None:
-            rows = energy.nonzero().flatten()  # full rank leaves nothing out: every row that moved at all
         total, count = float(energy.sum()), len(energy)
         if not total:
-            return Found(Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0), pair)
-        too_many = self.plan.rank is not None and len(rows) > max(ROWS_SHARE * count, SMALL_TABLE)
-        if too_many or not len(rows):
-            why = f"{len(rows):,} of {count:,} rows were trained" if len(rows) else f"a common shrink by {-shrink:.3g}"
-            return Found(Row(name, pair.role, "left out", 0, total, total, total, 0, why), pair)
-        picked = self._pick_rows(pair, rows.tolist())
+            return self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
+        policy = self.settings.embeddings
+        if plan.rule.full or policy == "full":
+            rows = energy.nonzero().flatten()  # every row that moved at all
+        left_out = Row(name, pair.role, "left out", 0, total, total, total, 0)
+        if policy == "none":
+            return self._entry(pair, replace(left_out, why="--embeddings none"))
+        if not len(rows):
+            return self._entry(pair, replace(left_out, why=f"only a common shrink by {-shrink:.3g}"))
+        if len(rows) > max(ROWS_SHARE * count, SMALL_TABLE) and not plan.rule.full and policy == "auto":
+            if not (plan.tied and plan.is_input_embedding(name)):
+                unit = Unit(pair.spec, "embedding")
+                return self._factor(pair, unit, plan.rule.first_depth(unit.limit))
+            why = f"{len(rows):,} of {count:,} rows moved and it is tied to the head; --embeddings full stores it"
+            return self._entry(pair, replace(left_out, why=why), whole=True)
         key = f"{peft.PREFIX}{self._module(name)}.token_adapter.trainable_tokens_delta"
         spec = TensorSpec(key, pair.tuned.spec.dtype, (len(rows), width))
+        self.tensors[key] = self.spool.add(spec, self._pick_rows(pair, rows.tolist()))
         rest = max(total - float(energy[rows].sum()), 0.0)
         why = f"{len(rows):,} of {count:,} rows" + (f"; all shrank by {-shrink:.3g}" if shrink else "")
         row = Row(name, pair.role, "rows", 0, total, rest, rest, spec.nbytes, why)
-        return Found(row, pair, {key: self.spool.add(spec, picked)}, rows.tolist())
+        return self._entry(pair, row, token_rows=rows.tolist())
 
     def _pick_rows(self, pair: Pair, rows: Sequence[int]) -> bytes:
         tuned, width, size = pair.tuned.source, pair.spec.shape[1], pair.tuned.spec.itemsize
@@ -244,52 +253,236 @@ class Run:
             tuned.read_into(row * width, (row + 1) * width, memoryview(out)[place * width * size :][: width * size])
         return bytes(out)
 
+    def _resized(self, name: str, base: LazyTensor) -> Found:
+        """Compare the rows that a resized vocabulary has in common; all of it will be stored."""
+        tuned = self.plan.tuned[name]
+        shape = (min(base.spec.shape[0], tuned.spec.shape[0]), base.spec.shape[1])
+        common = [_leading_rows(tensor, shape) for tensor in (base, tuned)]
+        pair = Pair(common[0], common[1], (self.plan.base.label, self.plan.tuned_label))
+        row = Row(name, pair.role, "full", 0, pair.energy(), 0.0, 0.0, 0, "its number of rows changed")
+        return Found(row, (provenance.fingerprint(base), provenance.fingerprint(tuned)), pair.weight_energy)
+
     def _left_out(self, pair: Pair) -> Found:
-        name = pair.spec.name
-        why = self.plan.left_out[name]
+        name, why = pair.spec.name, self.plan.left_out[pair.spec.name]
         if pair.spec.dtype in ARITHMETIC and pair.tuned.spec.dtype in ARITHMETIC:
             energy = pair.energy()
             if energy:
-                return Found(Row(name, pair.role, "left out", 0, energy, energy, energy, 0, why), pair)
-        note = None
-        if pair.base.fingerprint() != pair.tuned.fingerprint() and pair.spec.dtype not in ARITHMETIC:
-            note = f"differs but is {pair.spec.dtype}, so not in the adapter: {name}"
-        return Found(Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0), pair, note=note)
+                return self._entry(pair, Row(name, pair.role, "left out", 0, energy, energy, energy, 0, why))
+        found = self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
+        if found.prints[0] != found.prints[1] and pair.spec.dtype not in ARITHMETIC:
+            found.note = f"differs but is {pair.spec.dtype}, so not in the adapter: {name}"
+        return found
 
-    def _collect_factors(self) -> None:
+    # --- choosing ----------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> None:
+        """Choose the rank of every unit, deepening spectra that the rule used up."""
+        while True:
+            groups = self._groups()
+            spectra = [self._spectrum(group) for group in groups]
+            ranks = self._ranks(groups, spectra)
+            short = [g for g, s, rank in zip(groups, spectra, ranks, strict=True) if s.open_at(rank)]
+            if not short:
+                break
+            deeper = [unit for group in short for unit in group if self._depth(unit) < unit.limit]
+            in_parallel(deeper, self._deepen, self.settings.jobs)
+        for group, rank in zip(groups, ranks, strict=True):
+            for unit in group if rank else ():
+                self.ranks[unit.name] = rank if len(group) > 1 else min(rank, unit.limit)
+        if self.plan.rule.portable and self.ranks:
+            self.ranks = dict.fromkeys(self.ranks, max(self.ranks.values()))
+
+    def _groups(self) -> list[list[Unit]]:
+        """Collect the units that moved, by group; of a group that moved at all, every member."""
+        groups: dict[str, list[Unit]] = {}
+        for found in self.found.values():
+            if found.factors is not None:
+                unit = found.factors.unit
+                groups.setdefault(unit.group or unit.name, []).append(unit)
+        return [units for units in groups.values() if any(self.found[unit.name].row.energy for unit in units)]
+
+    def _depth(self, unit: Unit) -> int:
+        return self._factors(unit.name).depth
+
+    def _factors(self, name: str) -> Factors:
+        factors = self.found[name].factors
+        assert factors is not None  # only units that were factored are asked for
+        return factors
+
+    def _spectrum(self, group: Sequence[Unit]) -> Spectrum:
+        members = [self._factors(unit.name) for unit in group]
+        known = min((f.depth for f in members if f.depth < f.unit.limit), default=max(f.depth for f in members))
+        squares = np.zeros(known)
+        for factors in members:
+            part = factors.squares[:known]
+            squares[: len(part)] += part
+        limit = max(unit.limit for unit in group)
+        item = TensorSpec("", self.plan.dtype, ()).itemsize
+        cost = item * sum(unit.cost for unit in group)
+        return self.plan.rule.spectrum(squares, math.fsum(f.energy for f in members), cost, limit)
+
+    def _deepen(self, unit: Unit) -> None:
+        plan = self.plan
+        pair = Pair(plan.base.tensors[unit.name], plan.tuned[unit.name], (plan.base.label, plan.tuned_label))
+        depth = min(2 * self._depth(unit), plan.rule.limit(unit.limit))
+        before = self.found[unit.name]
+        again = self._factor(pair, unit, depth)
+        self.found[unit.name] = replace(again, prints=before.prints, note=before.note)
+
+    def _ranks(self, groups: Sequence[Sequence[Unit]], spectra: Sequence[Spectrum]) -> list[int]:
+        rule = self.plan.rule
+        energy = math.fsum(found.row.energy for found in self.found.values())
+        factored = math.fsum(spectrum.energy for spectrum in spectra)
+        fixed = math.fsum(found.row.residual for found in self.found.values() if found.factors is None)
+        if rule.budget is None:
+            return rule.choose(spectra, fixed=fixed, energy=energy)
+        room = rule.budget - self._fixed_bytes()
+        while room > 0:
+            ranks = rule.choose(spectra, budget=room, energy=energy)
+            over = self._total_bytes(groups, ranks) - rule.budget
+            if over <= 0:
+                return ranks
+            room -= over  # the header, which grows with the number of tensors
+        if factored and room <= 0:
+            raise MismatchError(
+                f"biases, norms and trained rows alone take {human_bytes(self._fixed_bytes())} of --budget {human_bytes(rule.budget)}",
+                file=self.plan.tuned_label,
+                mend="raise it, or --exclude some",
+            )
+        return [0] * len(spectra)
+
+    def _fixed_bytes(self) -> int:
+        """Bytes of everything that is no factor."""
+        kept = self._full_names()[0]
+        rows = sum(tensor.spec.nbytes for tensor in self.tensors.values())
+        return rows + sum(self.plan.tuned[name].spec.nbytes for name in kept if name in self.plan.tuned)
+
+    def _total_bytes(self, groups: Sequence[Sequence[Unit]], ranks: Sequence[int]) -> int:
+        """Size of the weights file at these ranks, header included."""
+        specs = [tensor.spec for tensor in self.tensors.values()]
+        for group, rank in zip(groups, ranks, strict=True):
+            for unit in group if rank else ():
+                for suffix, side in zip(unit.suffixes, unit.matrix, strict=True):
+                    key = f"{peft.PREFIX}{self._module(unit.name)}{suffix}"
+                    specs.append(TensorSpec(key, self.plan.dtype, (rank * unit.experts, side)))
+        for name in self._full_names()[0]:
+            tensor = self.plan.tuned.get(name) or self.plan.base.tensors[name]
+            specs.append(TensorSpec(f"{peft.PREFIX}{name}.base_layer", tensor.spec.dtype, tensor.spec.shape))
+        prefix, _ = safetensors.build_header(specs, {"format": "pt"})
+        return len(prefix) + sum(spec.nbytes for spec in specs)
+
+    # --- laying out --------------------------------------------------------------------------------------------------
+
+    def _module(self, name: str) -> str:
+        return module_of(self.plan.spelled(name))
+
+    def _lay_out_factors(self) -> None:
         for name, found in self.found.items():
-            self.tensors |= found.tensors
-            if found.row.how == "lora":
-                self.ranks[self._module(name)] = found.row.rank
+            if found.factors is None:
+                continue
+            if name not in self.ranks:
+                energy = found.row.energy
+                left = Row(name, found.row.role, "left out", 0, energy, energy, energy, 0, "not worth its bytes")
+                found.row = left if found.row.energy else found.row
+                continue
+            rank, factors = self.ranks[name], found.factors
+            a, b = factors.unit.dress(*factors.leading(rank))
+            stem = self._stem(factors.unit)
+            stored = [
+                self._store(stem + suffix, part) for suffix, part in zip(factors.unit.suffixes, (a, b), strict=True)
+            ]
+            self.tensors |= {tensor.spec.name: tensor for tensor in stored}
+            residual = min(factors.residual_at(rank), factors.energy)
+            following = found.following if rank >= factors.depth else factors.residual_at(min(2 * rank, factors.depth))
+            found.row = Row(
+                name, found.row.role, "lora", rank, factors.energy, residual, min(following, residual),
+                sum(tensor.spec.nbytes for tensor in stored), excess=factors.excess,
+            )  # fmt: skip
 
-    def _keep_in_full(self) -> tuple[list[str], bool]:
-        """Store norms and biases that moved; return the modules to save, and whether biases are stored."""
+    def _stem(self, unit: Unit) -> str:
+        """Name a unit's factors up to PEFT's suffix: of two parameters of one module the first is wrapped innermost."""
+        if unit.kind != "experts":
+            return f"{peft.PREFIX}{self._module(unit.name)}"
+        module = self.plan.spelled(unit.name).rpartition(".")[0]
+        siblings = sorted(
+            (name for name in self.ranks if name.rpartition(".")[0] == unit.name.rpartition(".")[0]),
+            key=peft.parameter_order,
+        )
+        return f"{peft.PREFIX}{module}" + ".base_layer" * (len(siblings) - 1 - siblings.index(unit.name))
+
+    def _store_whole_embeddings(self) -> None:
+        """Store a tied embedding that moved all over where a byte of it brings at least what the factors' last one does.
+
+        As trained tokens, all of them: the one form that is right for tied weights both merged and unmerged.
+        """
+        rates = [
+            float(factors.squares[min(rank, factors.depth) - 1]) / factors.unit.cost
+            for name, rank in self.ranks.items() for factors in [self._factors(name)] if factors.energy
+        ]  # fmt: skip
+        for name, found in self.found.items():
+            spec = self.plan.base.tensors[name].spec
+            if (
+                not found.whole
+                or self.plan.rule.budget is not None
+                or found.row.energy / spec.numel < min(rates, default=0.0)
+            ):
+                continue
+            key = f"{peft.PREFIX}{self._module(name)}.token_adapter.trainable_tokens_delta"
+            self.tensors[key] = renamed(self.plan.tuned[name], key)
+            found.token_rows = list(range(spec.shape[0]))
+            found.row = Row(name, found.row.role, "rows", 0, found.row.energy, 0.0, 0.0, spec.nbytes, "all rows moved")
+
+    def _full_names(self) -> tuple[list[str], set[str], bool]:
+        """Return the tensors stored in full, the modules saved whole, and whether biases are stored."""
         plan = self.plan
         biases = {name for name in plan.full if self.found[name].row.role == "bias"}
         moved = {
             module_of(n) for n in plan.full if n not in biases and self.found[n].row.energy and not plan.in_head(n)
         }
+        moved |= {module_of(name) for name in plan.resized}
         saved = _closed(moved, {module_of(name) for name in plan.base.tensors})
         saved = {module for module in saved if not plan.in_head(f"{module}.")}
         keep_biases = any(self.found[name].row.energy for name in biases)
-        for name in plan.full:
-            if (keep_biases and name in biases) or module_of(name) in saved or plan.in_head(name):
+        kept = [
+            name for name in plan.base.tensors
+            if (keep_biases and name in biases) or module_of(name) in saved or plan.in_head(name)
+        ]  # fmt: skip
+        return kept, saved, keep_biases
+
+    def _keep_in_full(self) -> tuple[list[str], bool]:
+        """Store norms and biases that moved; return the modules to save, and whether biases are stored."""
+        plan = self.plan
+        kept, saved, biases = self._full_names()
+        for name in kept:
+            if name in plan.full or name in plan.resized:
                 self._keep(name)
-            elif self.found[name].row.energy:
-                raise AssertionError(f"{name} moved and found no place")
-        for name in plan.base.tensors:
-            if name not in plan.full and (module_of(name) in saved or plan.in_head(name)):
+            else:
                 self._keep_sibling(name)
-        return sorted(self._module(f"{module}.weight") for module in {*saved, *plan.heads}), keep_biases
+        lost = [name for name in plan.full if self.found[name].row.energy and name not in kept]
+        assert not lost, f"{lost[0]} moved and found no place"
+        modules = {self._module(f"{module}.weight") for module in {*saved, *plan.heads}}
+        if plan.tied and plan.resized:
+            modules.add(self._tie_head())
+        return sorted(modules), biases
+
+    def _tie_head(self) -> str:
+        """Store the head of a resized, tied embedding too: PEFT unties the two when it saves one of them whole."""
+        name = next(name for name in self.plan.resized if self.plan.is_input_embedding(name))
+        key = f"{peft.PREFIX}lm_head.weight"
+        self.tensors[key] = renamed(self.plan.tuned[name], key)
+        return "lm_head"
 
     def _keep(self, name: str) -> None:
         found = self.found[name]
         module, _, leaf = self.plan.spelled(name).rpartition(".")
-        key = f"{peft.PREFIX}{module}{'.base_layer' if module in self.ranks else ''}.{leaf}"
+        key = f"{peft.PREFIX}{module}{'.base_layer' if self._is_factored(name) else ''}.{leaf}"
         tuned = self.plan.tuned[name]
         self.tensors[key] = renamed(tuned, key)
-        how = "full" if found.row.energy else "unchanged"
-        found.row = Row(name, found.row.role, how, 0, found.row.energy, 0.0, 0.0, tuned.spec.nbytes)
+        how = "full" if found.row.energy or name in self.plan.resized else "unchanged"
+        found.row = Row(name, found.row.role, how, 0, found.row.energy, 0.0, 0.0, tuned.spec.nbytes, found.row.why)
+
+    def _is_factored(self, name: str) -> bool:
+        return f"{module_of(name)}.weight" in self.ranks
 
     def _keep_sibling(self, name: str) -> None:
         """PEFT saves a module whole: every tensor it has must be there, buffers too, and the base's where not wanted."""
@@ -299,62 +492,90 @@ class Run:
         self.tensors[key] = renamed(self.plan.tuned[name] if wanted else base, key)
         if wanted and name in self.found:
             row = self.found[name].row
-            energy, nbytes = row.energy, base.spec.nbytes
-            self.found[name].row = Row(name, row.role, "full" if energy else "unchanged", 0, energy, 0.0, 0.0, nbytes)
+            how = "full" if row.energy else "unchanged"
+            self.found[name].row = Row(name, row.role, how, 0, row.energy, 0.0, 0.0, base.spec.nbytes)
 
     def _add_carrier(self) -> None:
         """PEFT loads no adapter without a LoRA module: give it one of rank 1 that is zero."""
         plan = self.plan
-        linear = [n for n, s in plan.base.specs.items() if len(s.shape) == 2 and role_of(s) != "embedding"]
-        candidates = plan.matrices or [name for name in linear if name.endswith(".weight")]
+        linear = [
+            Unit(spec, "linear", name in plan.transposed)
+            for name, spec in plan.base.specs.items()
+            if len(spec.shape) == 2 and role_of(spec) != "embedding" and name.endswith(".weight")
+        ]
+        candidates = [unit for unit in plan.units.values() if unit.kind == "linear"] or linear
         if not candidates:
             raise MismatchError("the model has no linear weight that could carry an adapter", file=plan.base.label)
-        name = min(candidates, key=lambda n: (sum(plan.base.specs[n].shape), n))
-        module = self._module(name)
-        m, n = plan.base.specs[name].shape
-        out, into = (n, m) if name in plan.transposed else (m, n)
-        stem = f"{peft.PREFIX}{module}"
-        for key, shape in ((f"{stem}.lora_A.weight", (1, into)), (f"{stem}.lora_B.weight", (out, 1))):
-            self.tensors[key] = self._store(key, torch.zeros(shape))[1]
-        self.ranks[module] = 1
+        unit = min(candidates, key=lambda unit: (unit.cost, unit.name))
+        stem = self._stem(unit)
+        parts = unit.dress(torch.zeros(1, 1, unit.matrix[0]), torch.zeros(1, 1, unit.matrix[1]))
+        for suffix, part in zip(unit.suffixes, parts, strict=True):
+            self.tensors[stem + suffix] = self._store(stem + suffix, part)
+        self.ranks[unit.name] = 1
         if f"{stem}.bias" in self.tensors:  # the module is adapted now, and PEFT calls its bias differently
             key = f"{stem}.base_layer.bias"
             self.tensors[key] = renamed(self.tensors.pop(f"{stem}.bias"), key)
         plan.notes.append(
-            f"no linear weight changed: {module} carries a LoRA of zeros, which PEFT needs to load the rest"
+            f"no linear weight changed: {self._module(unit.name)} carries a LoRA of zeros, which PEFT needs to load the rest"
         )
 
-    def _config(self, saved: Sequence[str], biases: bool, carrier: bool) -> dict[str, Any]:
+    def _config(self, saved: Sequence[str], biases: bool) -> dict[str, Any]:
         plan = self.plan
-        r = max(self.ranks.values()) if plan.rank is None or carrier else plan.rank
+        experts = {n for n in self.ranks if n in plan.units and plan.units[n].kind == "experts"}
+        adapted = {self._module(name): rank for name, rank in self.ranks.items() if name not in experts}
+        parameters = {plan.spelled(name): self.ranks[name] for name in experts}
         modules = [self._module(n) for n, s in plan.base.specs.items() if n.endswith(".weight") and len(s.shape) >= 2]
+        experts_r = {
+            self.ranks[name] for name in self.ranks if name in plan.units and plan.units[name].group == EXPERTS
+        }
+        asked = {plan.rule.rank} & set(self.ranks.values())
         return peft.lora_config(
-            r=r,
-            targets=peft.target_modules(sorted(self.ranks), modules),
-            ranks=self.ranks,
+            r=next(iter(experts_r or asked), None) or max(self.ranks.values()),
+            targets=peft.target_modules(sorted(adapted), modules) if adapted else [],
+            parameters=sorted(parameters),
+            ranks=adapted | parameters,
             base_name=plan.base_name,
             task=peft.task_type(plan.base.config),
             bias=biases,
             modules_to_save=saved,
-            fan_in_fan_out=bool(plan.transposed & set(plan.matrices)),
+            fan_in_fan_out=any(unit.flipped and unit.kind == "linear" for unit in plan.units.values()),
             token_indices={self._module(n): found.token_rows for n, found in self.found.items() if found.token_rows},
         )
 
-    def _record(self, prints: Mapping[str, str], report: ExtractionReport) -> dict[str, Any]:
-        plan = self.plan
-        base_prints = self._base_prints()
-        tuned_prints = {name: found.pair.tuned.fingerprint() for name, found in self.found.items()}
+    def _record(
+        self, outputs: Mapping[str, str], report: ExtractionReport, prints: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Any]:
+        plan, settings = self.plan, self.settings
+        before = {name: pair[0] for name, pair in prints.items()}
+        after = {name: pair[1] for name, pair in prints.items()}
         return provenance.record(
             "extract-lora",
-            parameters={"rank": self._rank_name(), "dtype": plan.dtype, "seed": plan.seed},
+            parameters={
+                "rank": plan.rule.name, "dtype": plan.dtype, "seed": settings.seed,
+                "tolerance": settings.tolerance, "exact": settings.exact,
+            },
             inputs=[
-                {"role": "base", "name": plan.base.label, "fingerprint": provenance.combine(base_prints)},
-                {"role": "fine-tune", "name": plan.tuned_label, "fingerprint": provenance.combine(tuned_prints)},
+                {"role": "base", "name": plan.base.label, "fingerprint": provenance.combine(before)},
+                {"role": "fine-tune", "name": plan.tuned_label, "fingerprint": provenance.combine(after)},
             ],
-            tensors={name: {"fingerprint": value} for name, value in prints.items()},
-            base=base_prints,
+            tensors={name: {"fingerprint": value} for name, value in outputs.items()},
+            base=before,
             report=report.document(),
-        )
+        )  # fmt: skip
+
+
+def in_parallel(items: Iterable[T], work: Callable[[T], None], jobs: int) -> None:
+    """Do ``work`` on every item, one thread each; the first error ends it."""
+    with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool, numerics.single_threaded():
+        try:
+            for _ in pool.map(work, items):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _leading_rows(tensor: LazyTensor, shape: tuple[int, int]) -> LazyTensor:
+    return Renamed(tensor, TensorSpec(tensor.spec.name, tensor.spec.dtype, shape))
 
 
 def _closed(modules: set[str], all_modules: set[str]) -> set[str]:

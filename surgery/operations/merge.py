@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -73,17 +74,37 @@ def merge(
     work.check_not_merged_yet()
     require_arithmetic(checkpoint, sorted(work.touched - work.copied))
     tensors = {name: work.output(name, allow_nonfinite) for name in checkpoint.tensors}
+    config, files = resized_config(checkpoint.config, [binding.resized for binding in bindings])
     counts = {"merged": len(work.touched), "copied": len(tensors) - len(work.touched)}
     return Checkpoint(
         tensors,
         label=f"{checkpoint.label} + {' + '.join(adapter.label for adapter in opened)}",
         stored=[*checkpoint.stored, *work.history.stored, *(stored for adapter in opened for stored in adapter.stored)],
         shards=checkpoint.shards,
-        config=checkpoint.config,
+        config=config,
         side_files=checkpoint.side_files,
         notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
-        origin=Origin(work.record, kept=work.originals(), counts=counts, history=work.future()),
+        origin=Origin(work.record, kept=work.originals(), counts=counts, history=work.future(), files=files),
     )
+
+
+def resized_config(
+    config: Mapping[str, Any] | None, resized: Sequence[Mapping[str, int]]
+) -> tuple[Mapping[str, Any] | None, dict[str, bytes]]:
+    """Say a resized vocabulary's new size in ``config.json``; return the configuration, and its file if it changed.
+
+    Raises:
+        MismatchError: adapters want different sizes.
+    """
+    rows = {name: count for binding in resized for name, count in binding.items()}
+    for binding in resized:
+        for name, count in binding.items():
+            if rows[name] != count:
+                raise MismatchError(f"adapters want {rows[name]:,} and {count:,} rows of it", tensor=name)
+    if not rows or config is None or "vocab_size" not in config:
+        return config, {}
+    changed = {**config, "vocab_size": max(rows.values())}
+    return changed, {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def spread(coeff: float | Sequence[float], count: int) -> list[float]:
@@ -158,6 +179,8 @@ class Work:
             return self.base.tensors[name]
         spec = self.base.tensors[name].spec
         first = self.updates[name][0]
+        if any(name in binding.resized for binding in self.bindings) and not _is_copy(self.updates[name]):
+            raise MismatchError("is resized by one adapter and changed by another", file=self.base.label, tensor=name)
         if isinstance(first, Replacement) and _is_copy(self.updates[name]):
             return take(first.new, spec, self._labels[name][1], allow_nonfinite=allow_nonfinite)
         return Applied(

@@ -1,0 +1,92 @@
+"""Pairs: one tensor before and after, read block by block and fingerprinted on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from surgery import numerics, provenance
+from surgery.errors import NumericError
+from surgery.roles import role_of
+from surgery.tensor import LazyTensor
+
+BLOCK = 1 << 16
+"""Elements at a time: two float32 blocks and the bytes they came from stay in a core's second-level cache."""
+
+
+class Pair:
+    """One tensor before and after.
+
+    Differences are taken in float32, which holds every bfloat16 and float16 exactly: they are right to 2⁻²⁴ of
+    themselves. Where a side is float64 they are taken in float64.
+
+    Args:
+        base: before.
+        tuned: after, of the same shape.
+        labels: names of the two checkpoints, for messages.
+    """
+
+    def __init__(self, base: LazyTensor, tuned: LazyTensor, labels: tuple[str, str]) -> None:
+        self._labels = labels
+        self.base = provenance.Traced(base)
+        self.tuned = provenance.Traced(tuned)
+        self.spec = base.spec
+        self.role = role_of(base.spec)
+        self.weight_energy = 0.0
+        """‖W‖², once all blocks were read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.base.spec.nbytes + self.tuned.spec.nbytes
+
+    def blocks(self, out: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (start, W, ΔW), flat: whole rows, valid until the next.
+
+        Args:
+            out: where ΔW goes, whole: flat, float32. By default each block of it is forgotten.
+
+        Raises:
+            NumericError: a value is NaN or infinite, or a difference overflows.
+        """
+        spec, energies = self.spec, []
+        wide = torch.float64 if "F64" in (self.base.spec.dtype, self.tuned.spec.dtype) else torch.float32
+        unit = math.lcm(self.base.unit, self.tuned.unit, max(spec.shape[-1], 1) if spec.shape else 1)
+        step = max(BLOCK // unit, 1) * unit
+        for start in range(0, spec.numel, step):
+            stop = min(start + step, spec.numel)
+            old = numerics.widen(self.base, start, stop, numerics.scratch("old", stop - start, wide))
+            direct = out is not None and wide == torch.float32
+            place = out[start:stop] if direct and out is not None else numerics.scratch("delta", stop - start, wide)
+            delta = numerics.widen(self.tuned, start, stop, place).sub_(old)
+            self._check(old, delta)
+            energies.append(numerics.squared_norm(old))
+            if out is not None and not direct:
+                self._check(old, out[start:stop].copy_(delta))
+            yield start, old, delta
+        self.weight_energy = math.fsum(energies)
+
+    def _check(self, old: torch.Tensor, delta: torch.Tensor) -> None:
+        low, high = delta.aminmax()
+        if math.isfinite(low) and math.isfinite(high):
+            return
+        if not old.isfinite().all():
+            what, where = "holds NaN or Inf", self._labels[0]
+        elif delta.isnan().any() or delta.dtype == torch.float64:
+            what, where = "holds NaN or Inf", self._labels[1]
+        else:
+            what, where = "holds NaN or Inf, or differs by more than float32 can hold", self._labels[1]
+        raise NumericError(what, file=where, tensor=self.spec.name, mend="--exclude it, or mend the model")
+
+    def energy(self) -> float:
+        """Return ‖ΔW‖²."""
+        return math.fsum(numerics.squared_norm(delta) for _, _, delta in self.blocks())
+
+    def delta(self) -> torch.Tensor:
+        """Return ΔW whole, in float32 and its own shape: valid until this thread's next."""
+        flat = numerics.scratch("whole delta", self.spec.numel, torch.float32)
+        for _ in self.blocks(flat):
+            pass
+        return flat.view(self.spec.shape)
