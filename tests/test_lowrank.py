@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.algorithms.lowrank import GRAM_SIDE, residual_energy, truncated_svd
+from surgery.algorithms.lowrank import Costs, residual_energy, truncated_svd
 
 SPECTRA = {
     "power law": lambda k: np.arange(1, k + 1) ** -0.7,
@@ -50,7 +50,7 @@ def test_the_error_is_within_a_tenth_of_a_percent_of_the_optimum(shape, spectrum
         assert found.error(rank) == pytest.approx(achieved, rel=1e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (700, GRAM_SIDE + 88), (90, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (700, 600), (90, 700)], ids=str)
 def test_factors_are_orthonormal_balanced_and_of_canonical_sign(shape):
     delta = made(shape, SPECTRA["power law"](min(shape)))
     found = truncated_svd(delta, 8, generator())

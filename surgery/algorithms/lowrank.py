@@ -1,36 +1,55 @@
 """The only home of SVD → (B, A): truncated factorisation of a delta, and its spectrum.
 
-For ``Δ`` of shape ``(m, n)`` the best rank-``r`` approximation in Frobenius norm is the truncated SVD
-(Eckart and Young 1936), with squared error ``‖Δ‖² − Σ_{i≤r} σᵢ²``. Two routes find it:
+For ``Δ`` of shape ``(m, n)`` the best rank-``r`` approximation in Frobenius norm is the truncated SVD (Eckart and Young
+1936), with squared error ``‖Δ‖² − Σ_{i≤r} σᵢ²``. Three routes find it, and each can say how near it came:
 
-* **Gram**: eigenvectors ``V`` of ``ΔᵀΔ`` (or ``ΔΔᵀ``, whichever is smaller), then ``ΔV``. Since ``V`` is orthonormal
-  whatever the rounding, a full-rank factorisation reproduces ``Δ`` to rounding. Used for thin sides and high ranks.
-* **Randomised subspace iteration** (Halko, Martinsson, Tropp 2011, "Finding structure with randomness", Algorithm
-  4.4) with oversampling, Cholesky-QR and a Rayleigh–Ritz finish, repeated until the captured energy has settled.
+* **subspace** (:mod:`surgery.algorithms.subspace`): Chebyshev-filtered block iteration with a certificate, for ranks well
+  below the short side. It goes on until the certificate holds.
+* **gram**: eigenvectors of the Gram matrix of the short side: for thin matrices, for high ranks, and where the search has
+  spent more than the Gram matrix costs (flat spectra). Large Gram matrices are searched in the same way, which is an
+  order of magnitude cheaper a step; only where that does not settle are they diagonalised.
+* **lapack**: the full SVD in float64, when asked for.
 
-The captured energy ``‖ΔV‖²`` for orthonormal ``V`` is exact (Pythagoras: ``‖Δ − ΔVVᵀ‖² = ‖Δ‖² − ‖ΔV‖²``), so the
-error reported is the error achieved, not an estimate.
+All end alike: a basis ``V`` orthonormal to rounding and the image ``ΔV``, diagonalised. What was captured, ``‖ΔV‖²``, is then
+exact (Pythagoras: ``‖Δ − ΔVVᵀ‖² = ‖Δ‖² − ‖ΔV‖²``), so the error reported is the error achieved, not an estimate.
+Products are float32; where less than :data:`WIDE_BELOW` of the energy is left over, where float32 could not tell how
+little, they are made again in float64.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from surgery import numerics
+from surgery.algorithms import subspace
+from surgery.algorithms.products import Products, gram_share
+from surgery.algorithms.subspace import PROBES, ROUNDING, Search
 
-GRAM_SIDE = 512
-"""Short sides up to this take the Gram route at any rank: it is exact, and as fast."""
-GRAM_SHARE = 0.25
-"""So do ranks above this share of the short side, where a sketch would be about as large as the Gram matrix."""
-CANCELLED = 1e-4
-"""A residual below this share of ``‖Δ‖²`` is computed entry by entry: differences of float32 products are 1e-7 of it."""
-MAX_STEPS = 12
-"""Most power steps; a spectrum that has not settled by then goes the Gram route."""
+OVERSAMPLE = (16, 48)
+"""Columns beyond the rank (and the probes): as many as the rank, but at least and at most so many."""
+WIDE_BELOW = 1e-4
+"""Share of the energy left over below which products are made in float64."""
+LINEAR_STEPS = 16
+"""Most steps with ``Δ`` itself, each two products, before the Gram matrix is formed."""
+SAFE = 2.0**40
+"""Root mean squares outside ``1/SAFE … SAFE`` are scaled: their fourth powers would leave float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """When each route is taken; the same on every machine, so that results are."""
+
+    direct: int = 384
+    """Short sides up to this have their Gram matrix diagonalised, whatever the rank."""
+    share: float = 0.25
+    """So do searches wider than this share of the short side: they would be no cheaper."""
+    patience: float = 1.0
+    """A search turns to the Gram matrix once it has spent this many times what that costs."""
+    steps: int = 40
+    """Most steps in all; what has not settled by then is diagonalised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,9 @@ class TruncatedSVD:
         sigma: ``(k,)``, float64, descending.
         right: ``(k, n)``, orthonormal rows.
         energy: ``‖Δ‖²``, accumulated in float64.
+        excess: certified for the rank asked for: ``‖Δ − Δ̂_r‖ ≤ optimum + excess · max(optimum, ‖Δ‖/1000)``. Nothing is
+            certified for other ranks: there, captured energy is a lower bound of what could be captured.
+        route: ``"subspace"``, ``"gram"`` or ``"lapack"``.
     """
 
     left: torch.Tensor
@@ -49,6 +71,7 @@ class TruncatedSVD:
     right: torch.Tensor
     energy: float
     excess: float = 0.0
+    route: str = "lapack"
 
     def captured(self, rank: int) -> float:
         """Return ``Σ_{i≤rank} σᵢ²``: the energy that the first ``rank`` components hold."""
@@ -67,21 +90,33 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    delta: torch.Tensor, rank: int, generator: torch.Generator, *, tolerance: float = 1e-3, exact: bool = False
+    delta: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
+    *,
+    tolerance: float = 1e-3,
+    exact: bool = False,
+    energy: float | None = None,
+    costs: Costs = Costs(),  # noqa: B008  (frozen)
 ) -> TruncatedSVD:
-    """Compute the leading ``rank`` singular triplets of ``delta``, and what came with them.
+    """Compute the leading ``rank`` singular triplets of ``delta``, and prove how near the optimum they are.
 
-    The result holds at least ``rank`` triplets, which meet ``tolerance``; others are by-products of the search, whose captured energies are exact for themselves but may fall short of the optimum.
+    The result holds at least ``rank`` triplets; more where they came for free, which are orthonormal and whose energies
+    are exact for themselves, but of which nothing is proved. For ranks up to 64 they are at least ``2·rank``.
 
     Args:
-        delta: ``(m, n)``, float32 or float64, finite.
+        delta: ``(m, n)``, float32 or float64, finite, on any device.
         rank: how many, from 0 to ``min(m, n)``; more is clamped.
-        generator: where random starts come from.
-        tolerance: iterate until the relative error is within this share of what further steps would reach.
+        generator: where random starts come from: on the CPU, so that every device draws the same.
+        tolerance: largest ``excess`` to accept.
+        exact: take the full SVD in float64.
+        energy: ``‖Δ‖²`` in float64 where known; saves a pass.
+        costs: when each route is taken.
 
     Returns:
-        Factors and the total energy. Signs are canonical: in each row of ``right`` the entry of largest magnitude is
-        positive.
+        Triplets, the total energy, the certified excess, and the route taken. The certificate fails with a probability
+        of at most 1e-9 over the random start (the other routes draw nothing), beyond rounding errors, which are allowed
+        for as independent. Signs are canonical: in each row of ``right`` the entry of largest magnitude is positive.
 
     Raises:
         ValueError: ``delta`` is not a matrix, or holds NaN or Inf.
@@ -89,150 +124,211 @@ def truncated_svd(
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> svd = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2, g)
-    >>> [round(float(s), 6) for s in svd.sigma[:2]], round(svd.error(2), 6)
-    ([3.0, 2.0], 0.267261)
+    >>> [round(float(s), 6) for s in svd.sigma[:2]], round(svd.error(2), 6), svd.excess < 1e-3
+    ([3.0, 2.0], 0.267261, True)
 
-    Reference: Halko, Martinsson, Tropp 2011, arXiv:0909.4061, Algorithm 4.4.
+    References: see :mod:`surgery.algorithms.subspace`.
     """
     if delta.ndim != 2:
         raise ValueError(f"a matrix is needed, not a tensor of shape {tuple(delta.shape)}")
-    energy = numerics.squared_norm(delta)
+    if energy is None:
+        energy = numerics.squared_norm(delta)
     if not math.isfinite(energy):
         raise ValueError("the matrix holds NaN or Inf")
-    m, n = delta.shape
-    rank = min(rank, m, n)
+    rank = min(rank, *delta.shape)
     if rank == 0 or energy == 0.0:
         return _nothing(delta, rank, energy)
-    if m < n:
-        flipped = _tall(delta.T, rank, generator, tolerance, energy)
-        return _canonical(flipped.right.T, flipped.sigma, flipped.left.T, energy)
-    tall = _tall(delta, rank, generator, tolerance, energy)
-    return _canonical(tall.left, tall.sigma, tall.right, energy)
+    root_mean_square = math.sqrt(energy / delta.numel())
+    if not 1.0 / SAFE < root_mean_square < SAFE:
+        unit = 2.0 ** round(math.log2(root_mean_square))
+        scaled = truncated_svd(delta / unit, rank, generator, tolerance=tolerance, exact=exact, costs=costs)
+        return replace(scaled, sigma=scaled.sigma * unit, energy=energy)
+    if exact:
+        return _lapack(delta, rank, energy)
+    short = _Factoriser(delta, rank, generator, tolerance, energy, costs).run()
+    return _canonical(short if delta.shape[0] <= delta.shape[1] else _transposed(short))
 
 
-def working_bytes(shape: tuple[int, int], rank: int, *, exact: bool = False) -> int:
-    """Return how many bytes :func:`truncated_svd` needs beside ``Δ`` itself."""
-    m, n = shape
-    side, width = min(m, n), min(2 * rank + 16, m, n)
-    gram = 8 * m * n + 40 * side * side if side <= 4096 else 32 * side * side
-    return max(gram, m * n) + 64 * width * (m + n)
+def working_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Return how many bytes :func:`truncated_svd` needs at most beside a float32 ``delta``, without ``exact``.
 
+    Skinny blocks and their float64 copies, the Gram matrix in float64 with LAPACK's workspace, and widened rows.
 
-def _nothing(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
-    m, n = delta.shape
-    left = torch.eye(m, rank, dtype=delta.dtype)
-    return TruncatedSVD(left, torch.zeros(rank, dtype=torch.float64), torch.eye(rank, n, dtype=delta.dtype), energy)
-
-
-def _tall(delta: torch.Tensor, rank: int, generator: torch.Generator, tolerance: float, energy: float) -> TruncatedSVD:
-    """Factor a matrix with at least as many rows as columns."""
-    n = delta.shape[1]
-    if n > GRAM_SIDE and rank <= GRAM_SHARE * n:
-        right = _subspace(delta, rank, generator, tolerance, energy)
-        if right is not None:
-            return _rayleigh_ritz(delta, right, right.shape[1], energy)
-    return _gram(delta, min(max(2 * rank, 16), n), energy)
-
-
-def _gram(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
-    # float64 Gram matrices keep σ down to 1e-8 σ₁ apart, float32 only to 3e-4 σ₁; above 2¹² columns float64 costs too much.
-    wide = delta.double() if delta.shape[1] <= 4096 else delta
-    _, vectors = torch.linalg.eigh((wide.T @ wide).double())
-    basis = vectors.flip(1)[:, :rank].to(wide.dtype)
-    return _rayleigh_ritz(wide, basis, rank, energy)
-
-
-def _subspace(
-    delta: torch.Tensor, rank: int, generator: torch.Generator, tolerance: float, energy: float
-) -> torch.Tensor | None:
-    """Find an orthonormal basis ``(n, l)`` that holds the leading right singular vectors; ``None`` if it will not settle."""
-    m, n = delta.shape
-    width = min(rank + max(16, rank), n)  # twice the rank: enough to say what the next rank would bring
-    sketch = torch.randn(m, width, generator=generator, dtype=delta.dtype)
-    basis, before = _orthonormal(delta.T @ sketch), 0.0
-    for step in range(MAX_STEPS):
-        image = delta @ basis
-        sigma2 = torch.linalg.eigvalsh((image.T @ image).double()).flip(0)
-        captured = float(sigma2[:rank].clamp_min(0).sum())
-        # The captured energy grows by a shrinking factor a step; stop when what is left cannot matter to the error.
-        slack = 2 * tolerance * max(energy - captured, 1e-6 * energy)
-        if step >= 2 and captured - before <= 0.25 * slack:
-            return basis
-        before = captured
-        basis = _orthonormal(delta.T @ _orthonormal(image))
-    return None
+    >>> working_bytes((1536, 8960), 32) < 1536 * 8960 * 4 * 3
+    True
+    """
+    short, long = sorted(shape)
+    width = _width(short, rank)
+    blocks = 4 * 8 * (short + long) * width
+    rows = 2 * 8 * 256 * long
+    return blocks + rows + 4 * 8 * short * short
 
 
 def component_products(
-    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, energy: float
-) -> tuple[NDArray[np.float64], float]:
-    """Return ``⟨bₖ aₖ, Δ⟩`` of every component of ``left @ right``, and ``‖Δ − left @ right‖²``.
+    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, energy: float | None = None
+) -> tuple[torch.Tensor, float]:
+    """Return ``⟨bₖ aₖ, Δ⟩`` of every component of ``left @ right``, and ``‖Δ − left @ right‖²``, of factors as they will be stored.
 
-    The second is ``‖Δ‖² − 2 Σₖ ⟨bₖ aₖ, Δ⟩ + ‖left @ right‖²``, without an ``m × n`` product; where the three cancel, and
-    float32 products could not tell what is left, it is computed entry by entry.
+    The second is ``‖Δ‖² − 2 Σₖ ⟨bₖ aₖ, Δ⟩ + tr((BᵀB)(AAᵀ))``, with one skinny product; where that leaves less than 1e-4 of
+    ``‖Δ‖²``, which cancellation spoils, the difference itself, block by block.
 
     Args:
         delta: ``(m, n)``, float32 or float64.
-        left: ``(m, r)``, of any floating dtype: the factors as they will be stored.
-        right: ``(r, n)``.
-        energy: ``‖Δ‖²``.
+        left: ``B (m, r)``, of any floating dtype.
+        right: ``A (r, n)``.
+        energy: ``‖Δ‖²`` where known; saves a pass.
+
+    Returns:
+        ``(r,)`` in float64, on the CPU; and the residual energy.
+
+    >>> products, rest = component_products(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> products.tolist(), rest
+    ([1.0], 1.0)
     """
-    image = (delta @ right.to(delta.dtype).T).double()
+    if energy is None:
+        energy = numerics.squared_norm(delta)
+    left, right = left.to(delta.device), right.to(delta.device)
     wide_left, wide_right = left.double(), right.double()
-    products = (image * wide_left).sum(0)
+    image = (delta @ right.to(delta.dtype).T).double()
+    products = (image * wide_left).sum(0).cpu()
     own = float(((wide_left.T @ wide_left) * (wide_right @ wide_right.T)).sum())
-    rest = energy - 2 * float(products.sum()) + own
-    if rest < CANCELLED * energy:
-        rest = residual_energy(delta, left, right)
-    return products.numpy(), rest
-
-
-def residual_energy(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
-    """Return ``‖Δ − left @ right‖²``, computed from the factors as they will be stored.
-
-    Args:
-        delta: ``(m, n)``.
-        left: ``(m, r)``, of any floating dtype.
-        right: ``(r, n)``.
-    """
+    rest = energy - 2.0 * float(products.sum()) + own
+    if rest > WIDE_BELOW * energy:
+        return products, rest
     step = max(numerics.BLOCK * 8 // max(delta.shape[1], 1), 1)
-    left, right = left.to(delta.dtype), right.to(delta.dtype)
-    return sum(
-        numerics.squared_norm(delta[row : row + step] - left[row : row + step] @ right)
+    return products, math.fsum(
+        numerics.squared_norm(delta[row : row + step].double() - wide_left[row : row + step] @ wide_right)
         for row in range(0, delta.shape[0], step)
     )
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """Orthonormalise columns: Cholesky-QR twice, or Householder QR where the columns are nearly dependent."""
-    basis = columns
-    for _ in range(2):
-        scale = basis.norm(dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
-        basis = basis / scale
-        factor, info = torch.linalg.cholesky_ex((basis.T @ basis).double())
-        if info or factor.diagonal().min() < 1e-3:
-            exact: torch.Tensor = torch.linalg.qr(columns)[0]
-            return exact
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
-        basis = basis @ inverse.T.to(basis.dtype)
-    return basis
+def residual_energy(
+    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, energy: float | None = None
+) -> float:
+    """Return ``‖Δ − left @ right‖²``; see :func:`component_products`.
+
+    >>> residual_energy(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
+    1.0
+    """
+    return component_products(delta, left, right, energy=energy)[1]
 
 
-def _rayleigh_ritz(delta: torch.Tensor, basis: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
-    """Turn an orthonormal right basis into singular triplets of ``Δ V Vᵀ``."""
-    image = delta @ basis
-    rotation = torch.linalg.eigh((image.T @ image).double())[1].flip(1)[:, :rank]
-    right = (basis.double() @ rotation).T
-    left = image.double() @ rotation
-    sigma = left.norm(dim=0)
-    order = sigma.argsort(descending=True, stable=True)
-    sigma, left, right = sigma[order], left[:, order], right[order]
-    return TruncatedSVD(left / sigma.clamp_min(torch.finfo(torch.float64).tiny), sigma, right, energy)
+def _nothing(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
+    m, n = delta.shape
+    left = torch.eye(m, rank, dtype=delta.dtype, device=delta.device)
+    sigma = torch.zeros(rank, dtype=torch.float64, device=delta.device)
+    return TruncatedSVD(left, sigma, torch.eye(rank, n, dtype=delta.dtype, device=delta.device), energy, 0.0, "gram")
 
 
-def _canonical(left: torch.Tensor, sigma: torch.Tensor, right: torch.Tensor, energy: float) -> TruncatedSVD:
-    if not sigma.numel():
-        return TruncatedSVD(left, sigma, right, energy)
+def _lapack(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
+    left, sigma, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    share = sigma**2 / energy
+    captured = float(share[:rank].sum())
+    bound = subspace.excess(captured, min(captured, 1.0) + ROUNDING[torch.float64])
+    return _canonical(TruncatedSVD(left, sigma, right, energy, bound, "lapack"))
+
+
+def _width(short: int, rank: int) -> int:
+    low, high = OVERSAMPLE
+    return min(rank + min(max(rank, low), high) + PROBES, short)
+
+
+class _Factoriser:
+    """One factorisation with the short side first, from the choice of route to the triplets."""
+
+    def __init__(
+        self, delta: torch.Tensor, rank: int, generator: torch.Generator, tolerance: float, energy: float, costs: Costs
+    ) -> None:
+        self.delta, self.rank, self.generator, self.costs = delta, rank, generator, costs
+        self.tolerance, self.energy = tolerance, energy
+        self.width = _width(min(delta.shape), rank)
+        self.norm = math.sqrt(energy)
+
+    def run(self) -> TruncatedSVD:
+        """Work in float32 first where the matrix is, and in float64 where that cannot tell how little is left."""
+        warm = None
+        if self.delta.dtype != torch.float64:
+            svd, basis = self._attempt(torch.float32, None)
+            if svd is not None:
+                return svd
+            warm = basis
+        svd, _ = self._attempt(torch.float64, warm)
+        assert svd is not None
+        return svd
+
+    def _attempt(self, dtype: torch.dtype, warm: torch.Tensor | None) -> tuple[TruncatedSVD | None, torch.Tensor]:
+        """Return triplets, or ``None`` where ``dtype`` is too coarse for what is left; and a basis."""
+        products = Products(self.delta, dtype, self.norm)
+        costs = self.costs
+        if products.short <= costs.direct or self.width > costs.share * products.short:
+            return self._diagonalise(products, products.gram())
+        search = Search(self._start(products, warm), self.rank)
+        search.begin(products.squared_times)
+        gram: torch.Tensor | None = None
+        price = gram_share(products.short) * products.short / (2.0 * self.width)
+        patience = min(max(math.ceil(costs.patience * price), 3), LINEAR_STEPS)
+        for step in range(1, costs.steps):
+            if gram is None and (step > patience or price < 2.5):
+                gram = products.gram()
+            image = products.squared_times(search.basis) if gram is None else gram @ search.basis
+            ritz = search.look(image)
+            if dtype != torch.float64 and 1.0 - search.captured < WIDE_BELOW:
+                return None, search.basis
+            if search.excess <= self.tolerance:
+                return self._finish(products, search.basis, search.excess, "subspace" if gram is None else "gram")
+            search.step(image, ritz)
+        return self._diagonalise(products, products.gram() if gram is None else gram)
+
+    def _start(self, products: Products, warm: torch.Tensor | None) -> torch.Tensor:
+        start = torch.randn(products.short, self.width, generator=self.generator, dtype=torch.float64)
+        start = start.to(self.delta.device, products.dtype)
+        if warm is not None and warm.shape == start.shape:
+            start[:, :-PROBES] = warm[:, :-PROBES]
+        return start
+
+    def _diagonalise(self, products: Products, gram: torch.Tensor) -> tuple[TruncatedSVD | None, torch.Tensor]:
+        """Take the eigenvectors of the Gram matrix; its trace, known exactly, tells how well it was computed."""
+        values, vectors = torch.linalg.eigh(gram.double())
+        keep = min(max(2 * self.rank, self.width), products.short)
+        basis = vectors.flip(1)[:, :keep].to(products.dtype)
+        leading = float(values[-self.rank :].sum())
+        if products.dtype != torch.float64 and 1.0 - leading < WIDE_BELOW:
+            return None, basis
+        off = abs(float(gram.diagonal().double().sum()) - 1.0)
+        svd, basis = self._finish(products, basis, math.inf, "gram")
+        assert svd is not None
+        upper = min(leading, 1.0) + 2.0 * off + ROUNDING[products.dtype]
+        return replace(svd, excess=subspace.excess(svd.captured(self.rank) / self.energy, upper)), basis
+
+    def _finish(
+        self, products: Products, basis: torch.Tensor, bound: float, route: str
+    ) -> tuple[TruncatedSVD | None, torch.Tensor]:
+        """Rayleigh–Ritz: turn a basis of the short side into singular triplets of ``V Vᵀ X``."""
+        image = products.transposed_times(basis)
+        # A basis orthonormal to 1e-7 only would put as much into the energies: take what it lacks out of the small problem.
+        wide = basis.double()
+        factor = torch.linalg.cholesky(wide.T @ wide)
+        inner = torch.linalg.solve_triangular(factor, (image.T @ image).double(), upper=False)
+        inner = torch.linalg.solve_triangular(factor, inner.T.contiguous(), upper=False)
+        vectors = torch.linalg.eigh((inner + inner.T) / 2)[1].flip(1)
+        rotation = torch.linalg.solve_triangular(factor.T.contiguous(), vectors, upper=True)
+        rotation = rotation.to(basis.dtype)
+        left = basis @ rotation
+        right = (image @ rotation).T.contiguous()
+        share = torch.stack([row.double().square().sum() for row in right]).sqrt()
+        order = share.argsort(descending=True, stable=True)
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            share, left, right = share[order], left[:, order], right[order]
+        right /= share.clamp_min(torch.finfo(right.dtype).tiny).to(right.dtype)[:, None]
+        return TruncatedSVD(left, share * self.norm, right, self.energy, bound, route), basis
+
+
+def _transposed(svd: TruncatedSVD) -> TruncatedSVD:
+    return replace(svd, left=svd.right.T, right=svd.left.T)
+
+
+def _canonical(svd: TruncatedSVD) -> TruncatedSVD:
+    right = svd.right
     largest = right.abs().argmax(dim=1, keepdim=True)
     sign = torch.where(right.gather(1, largest) < 0, -1.0, 1.0).to(right.dtype)
-    return TruncatedSVD((left * sign.T.to(left.dtype)).contiguous(), sigma, (right * sign).contiguous(), energy)
+    return replace(svd, left=(svd.left * sign.T.to(svd.left.dtype)).contiguous(), right=(right * sign).contiguous())

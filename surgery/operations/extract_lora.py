@@ -9,6 +9,7 @@ This file decides from headers alone what happens to every tensor; :mod:`surgery
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,8 @@ class Extraction:
         """Bytes to factor one weight: ΔW in float32, and what one of its matrices needs beside it."""
         depth = self.rule.first_depth(unit.limit)
         factors = 24 * depth * unit.cost
-        return 4 * unit.spec.numel + working_bytes(unit.matrix, depth, exact=self.settings.exact) + factors
+        lapack = 40 * math.prod(unit.matrix) if self.settings.exact else 0
+        return 4 * unit.spec.numel + working_bytes(unit.matrix, depth) + lapack + factors
 
     def check_output(self, out: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Refuse an output that could not be written, before the work is done.

@@ -180,10 +180,10 @@ class Run:
                 one.to(settings.device), depth, generator, tolerance=settings.tolerance, exact=settings.exact
             )
             left, right = (self._rounded(factor.cpu(), name) for factor in svd.factors(depth))
-            found, rest = component_products(one, left, right, svd.energy)
+            found, rest = component_products(one, left, right, energy=svd.energy)
             lefts.append(left.T)
             rights.append(right)
-            products += found
+            products += found.numpy()
             squares += svd.sigma[:depth].square().cpu().numpy()
             energy += svd.energy
             residual += min(rest, svd.energy)
