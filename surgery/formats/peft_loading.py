@@ -49,8 +49,7 @@ def method_problems(server: Server, document: Mapping[str, Any]) -> list[Problem
 
 def names(document: Mapping[str, Any], key: str) -> list[str]:
     """Take out a list of names; empty where there is none."""
-    value = document.get(key)
-    return [item for item in value if type(item) is str] if isinstance(value, list) else []
+    return _strings(document.get(key))
 
 
 def is_target(document: Mapping[str, Any], module: str) -> bool:
@@ -86,21 +85,25 @@ def _named(entries: Any, module: str, key: str) -> bool:
     if isinstance(entries, str):
         peft.check_expression(entries, key)
         return re.fullmatch(entries, module) is not None
-    listed = [entry for entry in entries if type(entry) is str] if isinstance(entries, list) else []
-    return any(module == entry or module.endswith(f".{entry}") for entry in listed)
+    return any(module == entry or module.endswith(f".{entry}") for entry in _strings(entries))
 
 
 def _in_layers(document: Mapping[str, Any], module: str) -> bool:
     layers = document.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = document.get("layers_pattern") or r"[^.]*"
-    found = None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if type(pattern) is str and pattern:
-            peft.check_expression(pattern, "layers_pattern")
-            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+    patterns = document.get("layers_pattern")
+    if isinstance(patterns, str) and patterns:
+        patterns = [patterns]
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in _strings(patterns)] or [r".*?\.[^.]*\.(\d+)\."]
+    for expression in expressions:
+        peft.check_expression(expression.removeprefix(r"(?:^|.*?\.)"), "layers_pattern")
+    found = next((match for expression in expressions if (match := re.match(expression, module))), None)
     return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if type(item) is str and item] if isinstance(value, list) else []
 
 
 def problems(
@@ -138,13 +141,13 @@ def _fields(document: Mapping[str, Any]) -> Iterable[Problem]:
             yield Problem("wrong", name, "is not there, and PEFT takes 8", f"add {name}")
     unknown = [key for key, value in document.items() if value and key not in peft.HARMLESS and key not in peft.NOT_YET]
     if unknown:
-        yield Problem("note", join_shown(unknown), "is no field that surgery knows; it may change the result", None)
+        yield Problem.about("note", unknown, "is no field that surgery knows; it may change the result", None)
 
 
 def _prefix(specs: Mapping[str, TensorSpec]) -> Iterable[Problem]:
     bare = sorted(key for key in specs if not key.startswith(peft.PREFIX))
     if bare:
-        yield Problem("wrong", join_shown(bare), f"does not begin with {peft.PREFIX}, so PEFT drops it",
+        yield Problem.about("wrong", bare, f"does not begin with {peft.PREFIX}, so PEFT drops it",
                       f"put {peft.PREFIX} before every key")  # fmt: skip
 
 
@@ -167,15 +170,15 @@ def _targets(
     if dropped:
         none = len(dropped) == len(adapted)
         mend = f"set target_modules to {peft.target_modules(sorted(adapted), map(module_of, base))!r:.200}"
-        yield Problem(
-            "refused" if none and not _any_target(document, base) else "wrong", join_shown(dropped),
+        yield Problem.about(
+            "refused" if none and not _any_target(document, base) else "wrong", dropped,
             "target_modules does not match it, so PEFT drops its factors", mend,
         )  # fmt: skip
     if base and targets is not None and targets != "all-linear":
         matrices = {module_of(name) for name, spec in base.items() if name.endswith(".weight") and len(spec.shape) > 1}
         empty = sorted(module for module in matrices - set(adapted) if is_target(document, module))
         if empty:
-            yield Problem("wrong", join_shown(empty), "target_modules matches it, and no tensor is for it",
+            yield Problem.about("wrong", empty, "target_modules matches it, and no tensor is for it",
                           "the adapter is incomplete, or target_modules says too much")  # fmt: skip
 
 
@@ -220,10 +223,10 @@ def _declared(
     for field, kind, what in (("lora_bias", "lora_bias", "lora_B.bias"), ("use_dora", "magnitude", "DoRA magnitude")):
         declared, found = bool(document.get(field)), kinds[kind]
         if found and not declared:
-            yield Problem("wrong", join_shown(list(found.values())), f"{field} is not set, so PEFT drops it",
+            yield Problem.about("wrong", list(found.values()), f"{field} is not set, so PEFT drops it",
                           f"set {field} to true")  # fmt: skip
         elif declared and (lost := sorted(set(adapted) - set(found))):
-            yield Problem("wrong", join_shown(lost), f"{field} is set, and its {what} is not in the adapter",
+            yield Problem.about("wrong", lost, f"{field} is set, and its {what} is not in the adapter",
                           "the adapter is incomplete")  # fmt: skip
     yield from _rows(document, {module: specs[key] for module, key in kinds["rows"].items()})
 
@@ -232,7 +235,7 @@ def _rows(document: Mapping[str, Any], found: Mapping[str, TensorSpec]) -> Itera
     declared = document.get("trainable_token_indices")
     if not declared:
         if found:
-            yield Problem("wrong", join_shown(sorted(found)), "trainable_token_indices does not say which rows these"
+            yield Problem.about("wrong", sorted(found), "trainable_token_indices does not say which rows these"
                           " are, so PEFT drops them", None)  # fmt: skip
         return
     entries = declared if isinstance(declared, dict) else {"": declared}
@@ -312,4 +315,4 @@ def _full(
         ("refused", misfit, "its shape is not the base's", "is this its base?"),
     ):  # fmt: skip
         if keys:
-            yield Problem(level, join_shown(keys), why, mend)  # type: ignore[arg-type]
+            yield Problem.about(level, keys, why, mend)  # type: ignore[arg-type]

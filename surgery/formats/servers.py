@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from surgery.errors import MismatchError, UsageError
+from surgery.report import join_shown
 
 Level = Literal["refused", "wrong", "note"]
 """``refused``: it does not load · ``wrong``: it loads and does something else · ``note``: it loads on a condition."""
@@ -26,6 +27,14 @@ class Problem:
     """The keys, modules or configuration field concerned."""
     why: str
     mend: str | None = None
+    keys: tuple[str, ...] = ()
+    """All keys or modules concerned, where it is about some."""
+
+    @classmethod
+    def about(cls, level: Level, keys: Iterable[str], why: str, mend: str | None) -> Problem:
+        """Say one thing about several keys or modules; the first few are shown."""
+        listed = tuple(keys)
+        return cls(level, join_shown(listed), why, mend, listed)
 
     def __str__(self) -> str:
         """Write it as one line.

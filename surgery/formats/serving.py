@@ -231,7 +231,7 @@ class _Check:
         """Say one thing about many keys or modules; nothing where there is none."""
         listed = list(items)
         if listed:
-            yield Problem(level, join_shown(listed), why, mend)
+            yield Problem.about(level, listed, why, mend)
 
     def fields(self) -> Iterable[Problem]:
         """Configuration fields that the server refuses, or should not overlook."""
@@ -343,12 +343,12 @@ class _Check:
         leaves = {peft.parse_key(key).module.rpartition(".")[2] for key in keys}
         unnamed = leaves - set(peft_loading.names(self.document, "modules_to_save"))
         if unnamed:
-            yield Problem("refused", join_shown(keys), "modules_to_save does not name it",
+            yield Problem.about("refused", keys, "modules_to_save does not name it",
                           f"add {join_shown(sorted(unnamed))} to modules_to_save")  # fmt: skip
         elif len(leaves) > 1 or not any(key.endswith(".weight") for key in keys):
-            yield Problem("refused", join_shown(keys), "vLLM takes one head, with its weight", None)
+            yield Problem.about("refused", keys, "vLLM takes one head, with its weight", None)
         else:
-            yield Problem("note", join_shown(keys), "loads in models that vLLM serves as classifiers, and with no more"
+            yield Problem.about("note", keys, "loads in models that vLLM serves as classifiers, and with no more"
                           " labels than --max-lora-cls-labels", None)  # fmt: skip
 
     def modules(self) -> Iterable[Problem]:
