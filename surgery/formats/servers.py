@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from surgery.errors import MismatchError, UsageError
+from surgery.formats.peft import PREFIX
 from surgery.report import join_shown
 
 Level = Literal["refused", "wrong", "note"]
@@ -34,7 +35,7 @@ class Problem:
     def about(cls, level: Level, keys: Iterable[str], why: str, mend: str | None) -> Problem:
         """Say one thing about several keys or modules; the first few are shown."""
         listed = tuple(keys)
-        return cls(level, join_shown(listed), why, mend, listed)
+        return cls(level, join_shown([key.removeprefix(PREFIX) for key in listed]), why, mend, listed)
 
     def __str__(self) -> str:
         """Write it as one line.
@@ -80,7 +81,9 @@ class Server:
 
     name: str
     title: str
-    """The program and the version that was read."""
+    """What people call it."""
+    version: str
+    """The version whose loader was read."""
     files: tuple[str, ...]
     """Names of weight files that it looks for in an adapter's folder; a pattern where it takes any."""
     required: tuple[str, ...]
@@ -122,7 +125,8 @@ _KEYS = "its key parser knows lora_A, lora_B, lora_embedding_A and lora_embeddin
 # vllm/lora/model_manager.py: _stack_moe_lora_weights, _validate_moe_lora_format · vllm/config/lora.py: MaxLoRARanks
 _VLLM = Server(
     name="vllm",
-    title="vLLM 0.33.0",
+    title="vLLM",
+    version="0.33.0",
     files=("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"),
     required=("r", "lora_alpha", "target_modules"),
     unheld={
@@ -165,7 +169,8 @@ _ATTENTION = ("q_proj", "v_proj")
 # get_default_hidden_dim · sglang/srt/layers/utils/common.py: get_layer_id
 _SGLANG = Server(
     name="sglang",
-    title="SGLang 0.5.23",
+    title="SGLang",
+    version="0.5.23",
     files=("*.safetensors", "*.bin", "*.pt"),
     required=("peft_type", "r", "lora_alpha", "target_modules"),
     unheld={
@@ -217,7 +222,8 @@ _CONVERTER = "llama.cpp's converter stops at any tensor that is neither lora_A n
 # get_scale
 _LLAMACPP = Server(
     name="llamacpp",
-    title="llama.cpp (convert_lora_to_gguf.py)",
+    title="llama.cpp",
+    version="convert_lora_to_gguf.py of 0b03adaa",
     files=("adapter_model.safetensors", "adapter_model.bin"),
     required=("lora_alpha",),
     unheld={
@@ -248,7 +254,8 @@ _LLAMACPP = Server(
 # peft/utils/other.py: get_pattern_key, AuxiliaryTrainingWrapper · peft/tuners/lora: config.py, model.py, layer.py
 _PEFT = Server(
     name="peft",
-    title="PEFT 0.21",
+    title="PEFT",
+    version="0.21.2",
     files=("adapter_model.safetensors", "adapter_model.bin"),
     required=("peft_type",),
     unheld={"unknown": Unheld("wrong", "PEFT drops keys that it does not know without a word")},
@@ -306,9 +313,9 @@ def unserved(server: Server, module: str) -> str | None:
     """Say why a server puts no LoRA on a linear module; ``None`` where it does."""
     leaf = module.rpartition(".")[2]
     if server.modules is not None and leaf not in server.modules:
-        return f"{server.title.partition(' ')[0]} has no LoRA on modules called {leaf}"
+        return f"{server.title} has no LoRA on modules called {leaf}"
     if server.layer and leaf not in ("embed_tokens", "lm_head") and not re.search(server.layer, f"{module}."):
-        return f"{server.title.partition(' ')[0]} skips tensors outside of 'layers.N'"
+        return f"{server.title} skips tensors outside of 'layers.N'"
     return None
 
 

@@ -68,7 +68,7 @@ class Serving:
         """Show every problem."""
         rows = []
         for verdict in self.verdicts:
-            title = verdict.server.title
+            title = f"{verdict.server.title} {verdict.server.version}"
             if not verdict.problems:
                 rows.append((title, "loads", "", "", ""))
             for problem in verdict.problems:
@@ -85,6 +85,7 @@ class Serving:
             "servers": {
                 verdict.server.name: {
                     "title": verdict.server.title,
+                    "version": verdict.server.version,
                     "loads": verdict.loads,
                     "problems": [asdict(problem) for problem in verdict.problems],
                 }
