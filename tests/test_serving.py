@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -294,6 +295,12 @@ CASES = {
     "another shape than the base": (
         lambda: Case(*QV).put(f"{Q0}.lora_A.weight", 4, 24), (REFUSED, REFUSED, REFUSED, REFUSED), "its shape is not",
     ),
+    "a norm of another shape than the base's": (
+        lambda: Case(*QV).put("model.norm.weight", 24), (REFUSED, REFUSED, WRONG, WRONG), "its shape is not the base's",
+    ),
+    "a norm that the base does not have": (
+        lambda: Case(*QV).put("model.final.norm.weight", 16), (WRONG, REFUSED, WRONG, WRONG), "the base has no such tensor",
+    ),
     "nothing at all": (lambda: Case(*QV).drop("lora").put("model.norm.weight", 16), (WRONG, REFUSED, WRONG, WRONG), "nothing to add"),
     "another method's keys": (
         lambda: Case(*QV).put(f"{Q0}.hada_w1_a", 16, 4), (WRONG, REFUSED, REFUSED, REFUSED), "PEFT drops keys",
@@ -345,6 +352,16 @@ STRANGERS = {
         lambda: Case(*QV, task_type="SEQ_CLS", modules_to_save=["classifier", "score"]).put("score.weight", 3, 16),
         (OK, NOTE, WRONG, REFUSED), "as classifiers",
     ),
+    "two heads": (
+        lambda: Case(*QV, modules_to_save=["classifier", "score"]).put("score.weight", 3, 16)
+        .put("classifier.weight", 3, 16),
+        (OK, REFUSED, WRONG, REFUSED), "takes one head",
+    ),
+    "BERT's norms": (
+        lambda: Case("query", layers=()).lora("encoder.layer.0.attention.self.query", 16, 16)
+        .put("encoder.layer.0.output.LayerNorm.weight", 16),
+        (OK, REFUSED, REFUSED, REFUSED), "neither lora_A nor lora_B",
+    ),
     "a classifier that the configuration does not name": (
         lambda: Case(*QV).put("score.weight", 3, 16), (OK, REFUSED, WRONG, REFUSED), "add score to modules_to_save",
     ),
@@ -374,6 +391,30 @@ def test_every_server_has_its_verdict_its_reason_and_a_line_for_it(name, base_sp
     for problems in found.values():
         order = [(REFUSED, WRONG, NOTE).index(problem.level) for problem in problems]
         assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("server", "field"),
+    [(server.name, field) for server in SERVERS.values() for field in (*server.fields, *server.ignored)],
+)
+def test_fields_that_a_server_refuses_or_overlooks_are_named(server, field):
+    case = Case(*QV).set(**{field: [[0, 2]] if field == "layer_replication" else True})
+    (found,) = [problem for problem in serving.problems(server, case.document, case.specs) if problem.what == field]
+    assert found.level == (REFUSED if field in SERVERS[server].fields else WRONG)
+
+
+def test_the_fields_that_vllm_refuses_are_all_there():
+    assert set(SERVERS["vllm"].fields) == {
+        "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
+    }  # fmt: skip
+
+
+def test_lora_on_a_tied_head_is_refused_by_the_converter(base_specs):
+    build, _, _ = CASES["LoRA on the head"]
+    case = build()
+    tied = {name: spec for name, spec in base_specs.items() if name != "lm_head.weight"}
+    assert level(serving.problems("llamacpp", case.document, case.specs, base_specs=base_specs)) == NOTE
+    assert level(serving.problems("llamacpp", case.document, case.specs, base_specs=tied)) == REFUSED
 
 
 def test_the_table_has_good_and_broken_adapters_for_every_server():
@@ -670,6 +711,17 @@ def test_every_kind_is_held_or_has_a_reason():
             assert serving.holds(server, kind)
     with pytest.raises(UsageError, match="no server 'ollama'; there are peft, vllm"):
         serving.holds("ollama", "linear")
+
+
+def test_the_document_shows_the_table_as_it_is():
+    document = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    for kind, words in KINDS.items():
+        levels = [server.unheld[kind].level if kind in server.unheld else "loads" for server in SERVERS.values()]
+        assert f"| {words} | {' | '.join(levels)} |" in document
+    for server in SERVERS.values():
+        assert server.title in document
+        assert server.version.rpartition(" ")[2] in document
+    assert ", ".join(map(str, SERVERS["vllm"].max_ranks)) in document
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
