@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 TORCH_ROOMS = {"numerics", "delta", "algorithms"}
 """Rooms that import torch at their top; in operations those that compute do too."""
-HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify"}
+HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify", "verify_serving"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 
 ORDER = {room: (number, place) for number, layer in enumerate(LAYERS) for place, room in enumerate(layer)}

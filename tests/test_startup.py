@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -19,6 +20,11 @@ def checkpoints(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_file({"layer.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.layer.0.q_proj.lora_{side}.weight": np.ones((4, 4), np.float32) for side in "AB"}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return tmp_path
 
 
@@ -56,6 +62,7 @@ def test_help_and_info_import_nothing_heavy(arguments, checkpoints):
         ["convert", "a", "-o", "c", "--dry-run"],
         ["convert", "a", "-o", "c"],
         ["verify", "a"],
+        ["verify", "adapter", "--for", "vllm", "--for", "peft", "--base", "a"],
     ],
     ids=" ".join,
 )

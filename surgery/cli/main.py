@@ -23,7 +23,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
-    "verify": "Check a checkpoint or adapter against its own record.",
+    "verify": "Check a checkpoint or adapter against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
 

@@ -23,7 +23,7 @@ CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 
 # Keys of a LoRA configuration that this reader takes into account, or that cannot change what a merge does.
-_HARMLESS = {
+HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
@@ -31,7 +31,7 @@ _HARMLESS = {
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "target_parameters", "surgery",
 }  # fmt: skip
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_NOT_YET = {
+NOT_YET = {
     "alora_invocation_tokens": "activated LoRA acts only on some tokens, so it cannot be merged",
     "layer_replication": "its layers share base weights, so it cannot be merged",
     "use_qalora": "QALoRA is not supported",
@@ -67,15 +67,19 @@ class LoraConfig:
         Raises:
             MismatchError: the tensors' rank is not the configuration's.
         """
-        declared = _first_match(self.rank_pattern, module, self.r)
-        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        declared = self.rank(module)
         if rank != declared:
             raise MismatchError(
                 f"its tensors have rank {rank}, {CONFIG} says {declared:g}",
                 tensor=module,
                 mend="r or rank_pattern is wrong, and with it the scale",
             )
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives a module."""
+        return int(_first_match(self.rank_pattern, module, self.r))
 
 
 def _first_match(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -101,7 +105,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
         raise UnsupportedError(
             f"peft_type {kind!r} cannot be merged yet, only LORA (with its DoRA and rsLoRA variants)"
         )
-    for name, why in _NOT_YET.items():
+    for name, why in NOT_YET.items():
         if document.get(name):
             raise UnsupportedError(f"{name} is set: {why}")
     start = document.get("init_lora_weights", True)
@@ -110,7 +114,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
             f"init_lora_weights is {start!r}: it belongs to a base that PEFT changes at load",
             mend="save it with path_initial_model_for_weight_conversion",
         )
-    unknown = [key for key, value in document.items() if key not in _HARMLESS and key not in _NOT_YET and value]
+    unknown = [key for key, value in document.items() if key not in HARMLESS and key not in NOT_YET and value]
     if unknown:
         raise MismatchError(
             f"{CONFIG} sets {unknown[0]!r}, which may change the result", mend="remove it if it does not"
@@ -127,8 +131,8 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
         use_rslora=_flag(document, "use_rslora"),
         use_dora=_flag(document, "use_dora"),
         fan_in_fan_out=_flag(document, "fan_in_fan_out"),
-        rank_pattern=_numbers(document, "rank_pattern", whole=True),
-        alpha_pattern=_numbers(document, "alpha_pattern", whole=False),
+        rank_pattern=numbers(document, "rank_pattern", whole=True),
+        alpha_pattern=numbers(document, "alpha_pattern", whole=False),
         token_indices=_token_indices(document.get("trainable_token_indices")),
         target_parameters=tuple(document.get("target_parameters") or ()),
         base_name=document.get("base_model_name_or_path"),
@@ -152,14 +156,15 @@ def _number(document: Mapping[str, Any], key: str) -> float:
     value = document.get(key)
     if value is None:
         raise MismatchError(f"{CONFIG} gives no {key}, so the scale is not known")
-    if not _is_number(value):
+    if not is_number(value):
         raise MismatchError(f"{CONFIG} gives {key} = {value!r:.40}, so the scale is not known")
     if abs(value) > LARGEST:
         raise FormatError(f"{CONFIG} gives {key} = {str(value)[:20]}…, beyond {LARGEST:,}")
     return float(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Say whether a field holds a finite number."""
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
@@ -170,12 +175,17 @@ def _flag(document: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _numbers(document: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]:
+def numbers(document: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]:
+    """Take out ``rank_pattern`` or ``alpha_pattern``.
+
+    Raises:
+        FormatError: it does not map regular expressions to numbers.
+    """
     value = document.get(key) or {}
     if type(value) is not dict:
         raise FormatError(f"{CONFIG} gives a {key} that does not map names to numbers")
     for pattern, number in value.items():
-        if not _is_number(number) or (whole and type(number) is not int) or not 0 < number <= LARGEST:
+        if not is_number(number) or (whole and type(number) is not int) or not 0 < number <= LARGEST:
             raise FormatError(f"{CONFIG} gives {pattern!r:.60} the value {str(number)[:20]} in {key}")
         check_expression(pattern, key)
     return value

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from surgery import provenance
-from surgery.checkpoint import default_jobs
-from surgery.errors import FormatError, VerificationError
+from surgery.checkpoint import Source, default_jobs
+from surgery.errors import FormatError, UsageError, VerificationError
 from surgery.execute import Progress, Silent
 from surgery.formats import peft
 from surgery.history import read_record
+from surgery.operations.verify_serving import Serving, verify_serving
 from surgery.report import Table, join_shown
 from surgery.roles import layer_of, role_of
 from surgery.sources import local
@@ -52,18 +53,49 @@ class Verification:
         return self.table().html()
 
 
-def verify(path: str | os.PathLike[str], *, jobs: int | None = None, progress: Progress | None = None) -> Verification:
+@overload
+def verify(
+    path: str | os.PathLike[str], *, jobs: int | None = None, progress: Progress | None = None
+) -> Verification: ...
+@overload
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    server: str | Sequence[str],
+    base: Source | None = None,
+    max_rank: int | None = None,
+) -> Serving: ...
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    server: str | Sequence[str] | None = None,
+    base: Source | None = None,
+    max_rank: int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Verification | Serving:
     """Check a folder or file: headers, index and shards agree, every tensor has the fingerprint that was recorded.
+
+    With ``server``, say instead whether an adapter, anybody's, loads there, from its headers alone: the answer is
+    returned, and :meth:`Serving.require` raises where it is no.
 
     Args:
         path: a checkpoint or an adapter.
+        server: ``peft``, ``vllm``, ``sglang``, ``llamacpp``, several of them, or ``all``.
+        base: the adapter's base, to hold names and shapes against; with ``server`` only.
+        max_rank: the ``--max-lora-rank`` that the server is started with; with ``server`` only.
         jobs: threads; as many as there are cores by default.
         progress: somebody who watches.
 
     Raises:
         FormatError: a file is malformed, or index and shards disagree.
+        UsageError: no server is called so, or ``base`` or ``max_rank`` without one.
         VerificationError: a tensor is missing, or its bytes are not those that were recorded; it is named.
     """
+    if server is not None:
+        return verify_serving(path, [server] if isinstance(server, str) else server, base=base, max_rank=max_rank)
+    if base is not None or max_rank is not None:
+        raise UsageError("a base or a largest rank says nothing without a server", mend="--for vllm")
     real = local.resolve(path)
     adapter = real.is_dir() and (real / peft.CONFIG).exists()
     stored = local.open_weights(real, adapter=adapter)
