@@ -9,6 +9,7 @@ import click
 
 from surgery.cli import options, terminal
 from surgery.errors import printable
+from surgery.formats.servers import SERVERS
 from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
 
@@ -65,6 +66,8 @@ class Rank(click.ParamType[int | str]):
 )
 @click.option("--embeddings", type=click.Choice(["auto", "full", "none"]), default="auto", show_default=True,
               help="Trained rows, or low rank where all moved; whole; or not at all.")  # fmt: skip
+@click.option("--for", "server", type=click.Choice(list(SERVERS)), default="peft", show_default=True,
+              help="Write what this one loads, and say what had to be left out.")  # fmt: skip
 @click.option("--tol", "tolerance", type=float, default=1e-3, show_default=True,
               help="Certified relative excess of each error over the best possible.")  # fmt: skip
 @click.option("--exact", is_flag=True, help="Factor with LAPACK's SVD.")
@@ -85,7 +88,7 @@ class Rank(click.ParamType[int | str]):
 def command(
     base: str, ft: str, rank: int | str | None, energy: float | None, error: float | None, budget: str | None, noise_floor: bool,
     max_rank: int | None, rank_multiple: int, layout: str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...],
-    dtype: str | None, embeddings: Any, tolerance: float, exact: bool, device: str, base_id: str | None, names_in_memory: bool,
+    dtype: str | None, embeddings: Any, server: str, tolerance: float, exact: bool, device: str, base_id: str | None, names_in_memory: bool,
     seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
@@ -103,7 +106,7 @@ def command(
 
     extraction = plan_extraction(
         base, ft, rank=rank, energy=energy, error=error, budget=budget, noise_floor=noise_floor, max_rank=max_rank,
-        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings,
+        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings, server=server,
         dtype=dtype.upper() if dtype else None, device=device, tolerance=tolerance, exact=exact, rename=rename,
         base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from surgery.checkpoint import (
     tied_weights,
 )
 from surgery.errors import MismatchError, UsageError
-from surgery.formats import peft
+from surgery.formats import peft, servers
 from surgery.names import align, module_of, parse_patterns, parse_renames, select, undecorated
 from surgery.operations.extraction_units import EXPERTS, Unit
 from surgery.operations.rank_rule import RankRule, parse_rule
@@ -58,7 +58,7 @@ class Settings:
     tolerance: float = 1e-3
     exact: bool = False
     embeddings: Embeddings = "auto"
-    dora: bool = False
+    server: str = "peft"
 
 
 @dataclass
@@ -176,6 +176,7 @@ def extract_lora(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: Embeddings = "auto",
+    server: str = "peft",
     dtype: str | None = None,
     device: str = "cpu",
     tolerance: float = 1e-3,
@@ -211,7 +212,9 @@ def extract_lora(
         exclude: patterns of tensors to leave out.
         embeddings: ``"auto"``: trained rows; where all moved, low rank if untied, and in full if tied and a byte of it
             brings as much as the last byte of the factors does. ``"full"``: whole, if moved at all. ``"none"``: left out.
-        dtype: of the factors: ``F32``, ``BF16`` or ``F16``; the fine-tune's own by default.
+        server: what the adapter is for: ``"peft"`` reproduces the fine-tune best; ``"vllm"``, ``"sglang"`` and
+            ``"llamacpp"`` get what they load, and the rest is listed as left out.
+        dtype: of factors and token rows: ``F32``, ``BF16`` or ``F16``; the fine-tune's own by default.
         device: where to factor, as torch names it.
         tolerance: certified relative excess of each matrix's error over the best possible.
         exact: factor with LAPACK's SVD.
@@ -236,8 +239,8 @@ def extract_lora(
     """
     extraction = plan_extraction(
         base, tuned, rank=rank, energy=energy, error=error, budget=budget, noise_floor=noise_floor, max_rank=max_rank,
-        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings, dtype=dtype,
-        device=device, tolerance=tolerance, exact=exact, rename=rename, base_id=base_id,
+        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings, server=server,
+        dtype=dtype, device=device, tolerance=tolerance, exact=exact, rename=rename, base_id=base_id,
         names_in_memory=names_in_memory, seed=seed, jobs=jobs,
     )  # fmt: skip
     return extraction.run(progress)
@@ -251,6 +254,7 @@ def plan_extraction(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: Embeddings = "auto",
+    server: str = "peft",
     dtype: str | None = None,
     device: str = "cpu",
     tolerance: float = 1e-3,
@@ -269,13 +273,14 @@ def plan_extraction(
         raise UsageError(f"--tol is a share between 0 and 1, not {tolerance:g}")
     if layout not in ("compact", "portable"):
         raise UsageError(f"--layout is compact or portable, not {layout!r}")
+    portable = layout == "portable" or servers.server_named(server).name != "peft"
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     _refuse_same(before, after)
     alignment = align(before.tensors.keys(), after.tensors.keys(), parse_renames(rename))
     renamed_tuned = {new: renamed(after.tensors[old], new) for old, new in alignment.names.items()}
     settings = Settings(
-        parse_rule(**rule, portable=layout == "portable", model_bytes=before.nbytes),
-        dtype, _device(device), seed, jobs or default_jobs(), tolerance, exact, embeddings,
+        parse_rule(**rule, portable=portable, model_bytes=before.nbytes),
+        dtype, _device(device), seed, jobs or default_jobs(), tolerance, exact, embeddings, server,
     )  # fmt: skip
     found = Extraction(
         before, {n: t for n, t in renamed_tuned.items() if n in before.tensors}, after.label, after.stored,
@@ -294,6 +299,8 @@ def plan_extraction(
     _settle_ties(found, after)
     _note_unpaired(found, before.tensors.keys() - renamed_tuned.keys(), renamed_tuned.keys() - before.tensors.keys())
     _sort_tensors(found, target, exclude)
+    _leave_out_unserved(found)
+    _refuse_nothing(found, bool(target))
     return found
 
 
@@ -378,7 +385,48 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
     for name in [name for name, why in found.unwanted.items() if specs[name].shape != found.tuned[name].spec.shape]:
         del found.tuned[name], found.left_out[name]  # not wanted, and nothing to compare
         found.notes.append(f"{found.unwanted[name]}, and of another shape, so not compared: {name}")
-    if target and not found.units:
+
+
+def _leave_out_unserved(found: Extraction) -> None:
+    """Leave out what the server that the adapter is for does not hold."""
+    server = found.settings.server
+    kinds: dict[str, str] = {name: _kind_of(unit) for name, unit in found.units.items()}
+    kinds |= dict.fromkeys(found.embeddings, "rows") | dict.fromkeys(found.resized, "saved")
+    for name in found.full:
+        role = role_of(found.base.specs[name])
+        kinds[name] = "class_head" if found.in_head(name) else role if role in ("bias", "norm") else "saved"
+    for name, kind in kinds.items():
+        why = servers.holds(server, kind, module_of(name))
+        if why is None:
+            continue
+        if name in found.resized:
+            title = servers.server_named(server).title
+            raise MismatchError(
+                "its number of rows changed, and "
+                + title
+                + " loads no adapter with another vocabulary than the base's",
+                file=found.tuned_label,
+                tensor=name,
+                mend="--exclude it, or serve the merged model",
+            )
+        found.left_out[name] = why
+        found.units.pop(name, None)
+        for home in (found.embeddings, found.full):
+            if name in home:
+                home.remove(name)
+
+
+def _kind_of(unit: Unit) -> str:
+    if unit.kind != "linear":
+        return unit.kind
+    if unit.group == EXPERTS:
+        return "expert"
+    head = module_of(unit.name).rpartition(".")[2] in ("lm_head", "embed_out")
+    return "head" if head else "conv1d" if unit.flipped else "linear"
+
+
+def _refuse_nothing(found: Extraction, targeted: bool) -> None:
+    if targeted and not found.units:
         raise MismatchError(
             "--target selects no linear weight", mend="LoRA factors 2-D weights; see surgery info --tensors"
         )

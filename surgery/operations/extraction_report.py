@@ -172,10 +172,17 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 def summary(report: ExtractionReport) -> str:
     """Say in one line what the rank kept, and what the next one would."""
     kept, following = report.kept_by_lora
-    rows = [row for row in report.rows if row.how == "lora"]
-    rank = max((row.rank for row in rows), default=0)
-    if not rows or report.rank == "full":
+    ranks = sorted({row.rank for row in report.rows if row.how == "lora"})
+    if not ranks:
         return f"the adapter keeps {percent(report.kept)} of ‖Δ‖²"
+    proof = f"within {percent(report.excess)} of the best possible at these ranks, certified"
+    if report.rank == "full":
+        return f"the adapter keeps {percent(report.kept)} of ‖Δ‖², {proof}"
+    if len(ranks) == 1:
+        head, twice = f"rank {ranks[0]} keeps", f"{2 * ranks[0]}"
+    else:
+        head, twice = "these ranks keep", "twice as many"
     return (
-        f"rank {rank} keeps {percent(kept)} of the factored weights' ‖Δ‖²; {2 * rank} would keep {percent(following)}"
+        f"{head} {percent(kept)} of the factored weights' ‖Δ‖²; {twice} would keep {percent(following)} or more\n"
+        f"every error is {proof}"
     )

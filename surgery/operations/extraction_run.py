@@ -25,8 +25,9 @@ from surgery.adapter import Adapter
 from surgery.algorithms.compare import SMALL_TABLE, RowMoments
 from surgery.algorithms.lowrank import component_products, truncated_svd
 from surgery.algorithms.ranks import Spectrum
+from surgery.delta import Cast
 from surgery.errors import MismatchError, NumericError, SurgeryError
-from surgery.formats import peft, safetensors
+from surgery.formats import peft, safetensors, servers
 from surgery.names import module_of
 from surgery.operations.extraction_report import ExtractionReport, Row, card
 from surgery.operations.extraction_units import EXPERTS, Factors, Unit
@@ -214,7 +215,7 @@ class Run:
 
     def _embedding(self, pair: Pair) -> Found:
         """Store the rows of an embedding that training moved further than the common shrink of weight decay."""
-        plan, name, width = self.plan, pair.spec.name, pair.spec.shape[1]
+        plan, settings, name, width = self.plan, self.settings, pair.spec.name, pair.spec.shape[1]
         moments = RowMoments(pair.spec.shape[0])
         for _, old, delta in pair.blocks():
             moments.update(old.view(-1, width), delta.view(-1, width))
@@ -222,7 +223,7 @@ class Run:
         total, count = float(energy.sum()), len(energy)
         if not total:
             return self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
-        policy = self.settings.embeddings
+        policy = settings.embeddings
         if plan.rule.full or policy == "full":
             rows = energy.nonzero().flatten()  # every row that moved at all
         left_out = Row(name, pair.role, "left out", 0, total, total, total, 0)
@@ -238,10 +239,15 @@ class Run:
             return self._entry(pair, replace(left_out, why=why), whole=True)
         key = f"{peft.PREFIX}{self._module(name)}.token_adapter.trainable_tokens_delta"
         spec = TensorSpec(key, pair.tuned.spec.dtype, (len(rows), width))
-        self.tensors[key] = self.spool.add(spec, self._pick_rows(pair, rows.tolist()))
+        stored: LazyTensor = self.spool.add(spec, self._pick_rows(pair, rows.tolist()))
         rest = max(total - float(energy[rows].sum()), 0.0)
+        if settings.dtype not in (None, spec.dtype):
+            rounded = Cast(stored, str(settings.dtype), label=plan.tuned_label)
+            rest += numerics.squared_norm(numerics.load_wide(rounded) - numerics.load_wide(stored))
+            stored = rounded
+        self.tensors[key] = stored
         why = f"{len(rows):,} of {count:,} rows" + (f"; all shrank by {-shrink:.3g}" if shrink else "")
-        row = Row(name, pair.role, "rows", 0, total, rest, rest, spec.nbytes, why)
+        row = Row(name, pair.role, "rows", 0, total, rest, rest, stored.spec.nbytes, why)
         return self._entry(pair, row, token_rows=rows.tolist())
 
     def _pick_rows(self, pair: Pair, rows: Sequence[int]) -> bytes:
@@ -290,7 +296,21 @@ class Run:
             for unit in group if rank else ():
                 self.ranks[unit.name] = rank if len(group) > 1 else min(rank, unit.limit)
         if self.plan.rule.portable and self.ranks:
-            self.ranks = dict.fromkeys(self.ranks, max(self.ranks.values()))
+            self._even_out()
+
+    def _even_out(self) -> None:
+        """Give all modules one rank, and those zeros that the server cannot do without."""
+        server = self.plan.settings.server
+        rank = servers.one_rank(self.ranks.values(), server)
+        weights = {self._module(name): name for name in self.plan.base.tensors if name.endswith(".weight")}
+        partners = servers.missing_partners(server, [self._module(name) for name in self.ranks], weights)
+        for name in [*self.ranks, *(weights[module] for module in partners)]:
+            self.ranks[name] = rank
+        title, option = servers.server_named(server).title, servers.start_with(server, rank)
+        if option:
+            self.plan.notes.append(f"{title} must be started with {option}")
+        if partners:
+            self.plan.notes.append(f"{title} needs them too, so they have factors of zeros: {join_shown(partners)}")
 
     def _groups(self) -> list[list[Unit]]:
         """Collect the units that moved, by group; of a group that moved at all, every member."""
@@ -377,27 +397,39 @@ class Run:
         return module_of(self.plan.spelled(name))
 
     def _lay_out_factors(self) -> None:
-        for name, found in self.found.items():
-            if found.factors is None:
-                continue
-            if name not in self.ranks:
-                energy = found.row.energy
-                left = Row(name, found.row.role, "left out", 0, energy, energy, energy, 0, "not worth its bytes")
-                found.row = left if found.row.energy else found.row
-                continue
-            rank, factors = self.ranks[name], found.factors
-            a, b = factors.unit.dress(*factors.leading(rank))
-            stem = self._stem(factors.unit)
+        for name, rank in self.ranks.items():
+            found, unit = self.found.get(name), self._unit(name)
+            factors = found.factors if found else None
+            parts = factors.leading(rank) if factors else _zeros(unit, rank, self.plan.dtype)
+            stem = self._stem(unit)
             stored = [
-                self._store(stem + suffix, part) for suffix, part in zip(factors.unit.suffixes, (a, b), strict=True)
+                self._store(stem + suffix, part) for suffix, part in zip(unit.suffixes, unit.dress(*parts), strict=True)
             ]
             self.tensors |= {tensor.spec.name: tensor for tensor in stored}
-            residual = min(factors.residual_at(rank), factors.energy)
-            following = found.following if rank >= factors.depth else factors.residual_at(min(2 * rank, factors.depth))
-            found.row = Row(
-                name, found.row.role, "lora", rank, factors.energy, residual, min(following, residual),
-                sum(tensor.spec.nbytes for tensor in stored), excess=factors.excess,
-            )  # fmt: skip
+            if found and factors:
+                nbytes = sum(tensor.spec.nbytes for tensor in stored)
+                found.row = self._factored_row(found, factors, rank, nbytes)
+        for name, found in self.found.items():
+            energy = found.row.energy
+            if found.factors is not None and name not in self.ranks and energy:
+                found.row = Row(
+                    name, found.row.role, "left out", 0, energy, energy, energy, 0, "not worth its bytes"
+                )  # fmt: skip
+
+    def _factored_row(self, found: Found, factors: Factors, rank: int, nbytes: int) -> Row:
+        residual = min(factors.residual_at(rank), factors.energy)
+        following = found.following if rank >= factors.depth else factors.residual_at(min(2 * rank, factors.depth))
+        return Row(
+            factors.unit.name, found.row.role, "lora", rank, factors.energy, residual, min(following, residual),
+            nbytes, excess=factors.excess,
+        )  # fmt: skip
+
+    def _unit(self, name: str) -> Unit:
+        """Return a factored unit, or make one of a weight that only carries zeros."""
+        found = self.found.get(name)
+        if found and found.factors:
+            return found.factors.unit
+        return Unit(self.plan.base.specs[name], "linear", name in self.plan.transposed)
 
     def _stem(self, unit: Unit) -> str:
         """Name a unit's factors up to PEFT's suffix: of two parameters of one module the first is wrapped innermost."""
@@ -508,7 +540,7 @@ class Run:
             raise MismatchError("the model has no linear weight that could carry an adapter", file=plan.base.label)
         unit = min(candidates, key=lambda unit: (unit.cost, unit.name))
         stem = self._stem(unit)
-        parts = unit.dress(torch.zeros(1, 1, unit.matrix[0]), torch.zeros(1, 1, unit.matrix[1]))
+        parts = unit.dress(*_zeros(unit, 1, plan.dtype))
         for suffix, part in zip(unit.suffixes, parts, strict=True):
             self.tensors[stem + suffix] = self._store(stem + suffix, part)
         self.ranks[unit.name] = 1
@@ -572,6 +604,12 @@ def in_parallel(items: Iterable[T], work: Callable[[T], None], jobs: int) -> Non
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _zeros(unit: Unit, rank: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make factors of zeros."""
+    kind = numerics.DTYPES[dtype]
+    return tuple(torch.zeros(unit.experts, rank, side, dtype=kind) for side in unit.matrix)  # type: ignore[return-value]
 
 
 def _leading_rows(tensor: LazyTensor, shape: tuple[int, int]) -> LazyTensor:
