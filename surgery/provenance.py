@@ -152,6 +152,27 @@ class Traced:
         return self.digests.fingerprint() or fingerprint(self.source)
 
 
+class Held:
+    """A tensor read into memory once, with its fingerprint: for work that looks at it many times."""
+
+    unit, scratch, resident = 1, 0, 0
+
+    def __init__(self, source: LazyTensor) -> None:
+        traced = Traced(source)
+        self.spec = source.spec
+        self._data = memoryview(read_bytes(traced))
+        self._print = traced.fingerprint()
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Copy the range."""
+        low, high = byte_range(self.spec, start, stop)
+        out[:] = self._data[low:high]
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint."""
+        return self._print
+
+
 def record(
     operation: str,
     *,

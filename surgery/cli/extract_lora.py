@@ -14,6 +14,8 @@ from surgery.report import join_shown, percent
 from surgery.tensor import human_bytes
 
 if TYPE_CHECKING:
+    from surgery.adapter import Adapter
+    from surgery.execute import Progress
     from surgery.operations.extract_lora import Extraction
 
 
@@ -34,7 +36,7 @@ class Rank(click.ParamType[int | str]):
 
 @click.command("extract-lora", short_help="Extract a LoRA adapter from a fine-tune and its base.")
 @click.argument("base", type=click.Path())
-@click.argument("ft", type=click.Path())
+@click.argument("tuned", metavar="FT...", type=click.Path(), nargs=-1, required=True)
 @click.option(
     "-r", "--rank", type=Rank(), metavar="N|full", help="Of every matrix, clamped to what it has.  [default: 8]"
 )
@@ -51,7 +53,13 @@ class Rank(click.ParamType[int | str]):
 @click.option("--rank-multiple", type=click.IntRange(min=1), default=1, metavar="N", help="Make ranks multiples of N.")
 @click.option("--layout", type=click.Choice(["compact", "portable"]), default="compact", show_default=True,
               help="Each matrix its own rank, or all padded with zeros to one.")  # fmt: skip
-@click.option("-o", "--output", "out", type=click.Path(), help="The adapter's folder; ./<ft>-lora-r8 by default.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(),
+    help="The adapter's folder, ./<ft>-lora-r8 by default; of several FT, the folder for theirs.",
+)
 @click.option(
     "--target",
     multiple=True,
@@ -86,56 +94,99 @@ class Rank(click.ParamType[int | str]):
 @options.progress
 @options.common
 def command(
-    base: str, ft: str, rank: int | str | None, energy: float | None, error: float | None, budget: str | None, noise_floor: bool,
-    max_rank: int | None, rank_multiple: int, layout: str, out: str | None, target: tuple[str, ...], exclude: tuple[str, ...],
-    dtype: str | None, embeddings: Any, server: str, tolerance: float, exact: bool, device: str, base_id: str | None, names_in_memory: bool,
-    seed: int, rename: tuple[str, ...], jobs: int | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, progress: str,
+    base: str, tuned: tuple[str, ...], out: str | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
+    progress: str, **options: Any,
 ) -> None:  # fmt: skip
     """Extract from FT, a fine-tune of BASE, a LoRA adapter that PEFT loads.
 
     Every linear weight's difference is factored to the given rank; biases, norms and trained embedding rows are stored
-    exactly; whatever an adapter cannot hold is listed with its share of the change.
+    exactly; whatever an adapter cannot hold is listed with its share of the change. Of several FT the base is read once,
+    and one that fails does not stop the rest.
 
     \b
       surgery extract-lora base ft --rank 16
+      surgery extract-lora base ft --budget 50MB --for vllm
       surgery extract-lora base ft --rank 64 --target q_proj,v_proj -o adapter
+      surgery extract-lora base ft1 ft2 ft3 -o adapters
     """
+    options["dtype"] = options["dtype"].upper() if options["dtype"] else None
+    watcher = terminal.watcher(progress, quiet=quiet, what="extract")
+    if len(tuned) > 1:
+        if out is None or dry_run:
+            what = "a folder for their adapters" if out is None else "no --dry-run, which is for one at a time"
+            raise click.UsageError(f"several fine-tunes need {what}: -o DIR")
+        _extract_many(base, tuned, out, overwrite, as_json, quiet, watcher, options)
+        return
     # These bring torch, which --help must not pay for.
     from surgery.operations.extract_lora import default_output, plan_extraction
-    from surgery.operations.extraction_report import summary
 
-    extraction = plan_extraction(
-        base, ft, rank=rank, energy=energy, error=error, budget=budget, noise_floor=noise_floor, max_rank=max_rank,
-        rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings, server=server,
-        dtype=dtype.upper() if dtype else None, device=device, tolerance=tolerance, exact=exact, rename=rename,
-        base_id=base_id, names_in_memory=names_in_memory, seed=seed, jobs=jobs,
-    )  # fmt: skip
-    out = out or default_output(ft, extraction.rule)
+    extraction = plan_extraction(base, tuned[0], **options)
+    out = out or default_output(tuned[0], extraction.rule)
     if dry_run:
         _print_plan(extraction, out, as_json)
         return
     extraction.check_output(out, overwrite=overwrite)
     began = time.monotonic()
-    adapter = extraction.run(terminal.watcher(progress, quiet=quiet, what="extract"))
+    adapter = extraction.run(watcher)
     adapter.save(out, overwrite=overwrite)
-    report = adapter.report
+    seconds = time.monotonic() - began
     if as_json:
-        terminal.document({"schema": "surgery.extract-lora/1", "out": out, "bytes": adapter.nbytes,
-                           "seconds": round(time.monotonic() - began, 3), **report.document(), "notes": list(report.notes)})  # fmt: skip
+        terminal.document({**_document(adapter, out), "seconds": round(seconds, 3)})
     elif quiet:
         click.echo(printable(out))
     else:
-        terminal.table(report.table())
-        click.echo()
-        click.echo(f"{summary(report)}")
-        click.echo(f"wrote {printable(out)} ({human_bytes(adapter.nbytes)}) in {time.monotonic() - began:.1f} s")
-        left = [row for row in report.rows if row.how == "left out"]
-        if left:
-            share = sum(row.energy for row in left) / report.energy
-            terminal.say(
-                f"note: left out, {percent(share)} of ‖Δ‖²: {join_shown([f'{r.name} ({r.why})' for r in left])}"
-            )
-        terminal.notes(report.notes)
+        _show(adapter, out, seconds)
+
+
+def _document(adapter: Adapter, out: str) -> dict[str, Any]:
+    report = adapter.report
+    return {"schema": "surgery.extract-lora/1", "out": out, "bytes": adapter.nbytes, **report.document(),
+            "notes": list(report.notes)}  # fmt: skip
+
+
+def _show(adapter: Adapter, out: str, seconds: float) -> None:
+    from surgery.operations.extraction_report import summary
+
+    report = adapter.report
+    terminal.table(report.table())
+    click.echo()
+    click.echo(summary(report))
+    click.echo(f"wrote {printable(out)} ({human_bytes(adapter.nbytes)}) in {seconds:.1f} s")
+    left = [row for row in report.rows if row.how == "left out"]
+    if left:
+        share = sum(row.energy for row in left) / report.energy
+        terminal.say(f"note: left out, {percent(share)} of ‖Δ‖²: {join_shown([f'{r.name} ({r.why})' for r in left])}")
+    terminal.notes(report.notes)
+
+
+def _extract_many(
+    base: str, tuned: tuple[str, ...], out: str, overwrite: bool, as_json: bool, quiet: bool, watcher: Progress,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    from surgery.operations.extract_many import Outcome, extract_many
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.error is not None:
+            terminal.say(f"surgery: error: {outcome.error}")
+        elif outcome.adapter is not None and quiet:
+            click.echo(printable(outcome.out))
+        elif outcome.adapter is not None and not as_json:
+            report = outcome.adapter.report
+            kept = f"keeps {percent(report.kept)}, relative error {report.error:.4f}"
+            click.echo(f"{printable(outcome.out)}  {human_bytes(outcome.adapter.nbytes)}  {kept}")
+
+    outcomes = extract_many(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if as_json:
+        found = [_document(o.adapter, o.out) for o in outcomes if o.adapter]
+        errors = [
+            {"fine-tune": o.tuned, "error": str(o.error), "exit_code": o.error.exit_code} for o in failed if o.error
+        ]
+        terminal.document({"schema": "surgery.extract-lora-many/1", "adapters": found, "failed": errors})
+    elif not quiet:
+        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} adapters written")
+    if failed and failed[0].error:
+        raise click.exceptions.Exit(failed[0].error.exit_code)
 
 
 def _print_plan(extraction: Extraction, out: str, as_json: bool) -> None:

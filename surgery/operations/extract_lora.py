@@ -111,12 +111,19 @@ class Extraction:
         return role_of(spec) == "embedding" and (rows is None or spec.shape[0] == rows)
 
     @property
+    def names(self) -> list[str]:
+        """All tensors to examine, by what is done with them."""
+        return [*self.units, *self.full, *self.embeddings, *self.resized, *self.left_out]
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of the fine-tune that will be read."""
+        return sum(self.tuned[name].spec.nbytes for name in self.names)
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of both models that will be read."""
-        names = [*self.units, *self.full, *self.embeddings, *self.resized, *self.left_out]
-        return sum(
-            self.base.tensors[name].spec.nbytes + self.tuned[name].spec.nbytes for name in names if name in self.tuned
-        )
+        return self.tuned_bytes + sum(self.base.tensors[name].spec.nbytes for name in self.names)
 
     @property
     def bytes_written(self) -> int:

@@ -25,6 +25,7 @@ from surgery.adapter import Adapter
 from surgery.algorithms.compare import SMALL_TABLE, RowMoments
 from surgery.algorithms.lowrank import component_products, truncated_svd
 from surgery.algorithms.ranks import Spectrum
+from surgery.checkpoint import Checkpoint
 from surgery.delta import Cast
 from surgery.errors import MismatchError, NumericError, SurgeryError
 from surgery.formats import peft, safetensors, servers
@@ -77,22 +78,18 @@ class Run:
 
     def adapter(self, progress: execute.Progress) -> Adapter:
         """Run everything and compose the adapter."""
-        progress.start(self.plan.bytes_read)
+        plan = self.plan
+
+        def work(name: str) -> None:
+            self.examine(name, plan.base.tensors[name])
+            progress.advance(plan.base.tensors[name].spec.nbytes + plan.tuned[name].spec.nbytes)
+
+        progress.start(plan.bytes_read)
         try:
-            in_parallel(self.largest_first(), lambda name: self._watched(name, progress), self.settings.jobs)
+            in_parallel(largest_first(plan.base, plan.names), work, self.settings.jobs)
         finally:
             progress.finish()
         return self.compose()
-
-    def _watched(self, name: str, progress: execute.Progress) -> None:
-        self.examine(name, self.plan.base.tensors[name])
-        progress.advance(self.plan.base.tensors[name].spec.nbytes + self.plan.tuned[name].spec.nbytes)
-
-    def largest_first(self) -> list[str]:
-        """Name all tensors to examine, so that no thread is left alone with a large one at the end."""
-        plan = self.plan
-        names = [*plan.units, *plan.full, *plan.embeddings, *plan.resized, *plan.left_out]
-        return sorted(names, key=lambda name: -plan.base.tensors[name].spec.numel)
 
     def examine(self, name: str, base: LazyTensor) -> None:
         """Read one tensor before and after, and find what can be kept of its change. Safe to call from many threads.
@@ -100,6 +97,9 @@ class Run:
         Args:
             name: its name.
             base: its values in the base, from wherever they are at hand.
+
+        Raises:
+            SurgeryError: the tensor is named.
         """
         plan = self.plan
         try:
@@ -126,7 +126,7 @@ class Run:
             MismatchError: nothing differs, nothing of it fits, or the budget is too small.
         """
         plan = self.plan
-        self.found = {name: self.found[name] for name in self._in_order()}
+        self.found = {name: self.found[name] for name in plan.names}  # threads finish in any order
         plan.notes.extend(found.note for found in self.found.values() if found.note)
         moved = [name for name, found in self.found.items() if found.row.energy]
         if not moved:
@@ -159,10 +159,6 @@ class Run:
             taken_from={name: before for name, (before, _) in prints.items()},
             report=report,
         )
-
-    def _in_order(self) -> list[str]:
-        plan = self.plan
-        return [*plan.units, *plan.full, *plan.embeddings, *plan.resized, *plan.left_out]
 
     # --- measuring ---------------------------------------------------------------------------------------------------
 
@@ -290,8 +286,7 @@ class Run:
             short = [g for g, s, rank in zip(groups, spectra, ranks, strict=True) if s.open_at(rank)]
             if not short:
                 break
-            deeper = [unit for group in short for unit in group if self._depth(unit) < unit.limit]
-            in_parallel(deeper, self._deepen, self.settings.jobs)
+            self._deepen({unit: 2 * self._depth(unit) for group in short for unit in group})
         for group, rank in zip(groups, ranks, strict=True):
             for unit in group if rank else ():
                 self.ranks[unit.name] = rank if len(group) > 1 else min(rank, unit.limit)
@@ -302,6 +297,8 @@ class Run:
         """Give all modules one rank, and those zeros that the server cannot do without."""
         server = self.plan.settings.server
         rank = servers.one_rank(self.ranks.values(), server)
+        if not self.plan.rule.noise_floor:  # what would be padded with zeros may as well be more of the delta
+            self._deepen({self._factors(name).unit: rank for name in self.ranks})
         weights = {self._module(name): name for name in self.plan.base.tensors if name.endswith(".weight")}
         partners = servers.missing_partners(server, [self._module(name) for name in self.ranks], weights)
         for name in [*self.ranks, *(weights[module] for module in partners)]:
@@ -341,13 +338,19 @@ class Run:
         cost = item * sum(unit.cost for unit in group)
         return self.plan.rule.spectrum(squares, math.fsum(f.energy for f in members), cost, limit)
 
-    def _deepen(self, unit: Unit) -> None:
+    def _deepen(self, depths: Mapping[Unit, int]) -> None:
+        """Factor some units again, as deep as they are asked to be and can be."""
         plan = self.plan
-        pair = Pair(plan.base.tensors[unit.name], plan.tuned[unit.name], (plan.base.label, plan.tuned_label))
-        depth = min(2 * self._depth(unit), plan.rule.limit(unit.limit))
-        before = self.found[unit.name]
-        again = self._factor(pair, unit, depth)
-        self.found[unit.name] = replace(again, prints=before.prints, note=before.note)
+
+        def work(unit: Unit) -> None:
+            depth = min(depths[unit], plan.rule.limit(unit.limit))
+            if depth <= self._depth(unit):
+                return
+            pair = Pair(plan.base.tensors[unit.name], plan.tuned[unit.name], (plan.base.label, plan.tuned_label))
+            again, before = self._factor(pair, unit, depth), self.found[unit.name]
+            self.found[unit.name] = replace(again, prints=before.prints, note=before.note)
+
+        in_parallel(sorted(depths, key=lambda unit: -unit.spec.numel), work, self.settings.jobs)
 
     def _ranks(self, groups: Sequence[Sequence[Unit]], spectra: Sequence[Spectrum]) -> list[int]:
         rule = self.plan.rule
@@ -594,6 +597,11 @@ class Run:
             base=before,
             report=report.document(),
         )  # fmt: skip
+
+
+def largest_first(base: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Order tensors so that no thread is left alone with a large one at the end."""
+    return sorted(names, key=lambda name: (-base.tensors[name].spec.numel, name))
 
 
 def in_parallel(items: Iterable[T], work: Callable[[T], None], jobs: int) -> None:

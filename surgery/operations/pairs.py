@@ -30,7 +30,7 @@ class Pair:
 
     def __init__(self, base: LazyTensor, tuned: LazyTensor, labels: tuple[str, str]) -> None:
         self._labels = labels
-        self.base = provenance.Traced(base)
+        self.base = base if isinstance(base, provenance.Held) else provenance.Traced(base)
         self.tuned = provenance.Traced(tuned)
         self.spec = base.spec
         self.role = role_of(base.spec)

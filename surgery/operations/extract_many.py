@@ -1,0 +1,137 @@
+"""``extract-lora`` of many fine-tunes of one base: one adapter each, the base read and fingerprinted once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery import execute
+from surgery.adapter import Adapter
+from surgery.checkpoint import Source, open_checkpoint
+from surgery.errors import SurgeryError, UsageError
+from surgery.operations.extract_lora import Extraction, plan_extraction, stem_of
+from surgery.operations.extraction_run import Run, in_parallel, largest_first
+from surgery.provenance import Held
+
+
+@dataclass
+class Outcome:
+    """What became of one fine-tune."""
+
+    tuned: str
+    out: str
+    adapter: Adapter | None = None
+    error: SurgeryError | None = None
+
+
+@dataclass
+class _Task:
+    outcome: Outcome
+    run: Run | None = None
+
+
+def extract_many(
+    base: Source,
+    tuned: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: execute.Progress | None = None,
+    done: Callable[[Outcome], None] = lambda _outcome: None,
+    **options: Any,
+) -> list[Outcome]:
+    """Extract an adapter from each of many fine-tunes of one base into ``out/<ft>-lora-<rule>``.
+
+    Every tensor of the base is read once, and held against all fine-tunes. One that fails does not stop the others.
+
+    Args:
+        base: the checkpoint before training.
+        tuned: the fine-tunes: folders or files.
+        out: the folder for the adapters.
+        overwrite: replace adapters that are there.
+        jobs: threads.
+        progress: somebody who watches.
+        done: told of each fine-tune when it is finished, in their order.
+        options: as for :func:`surgery.extract_lora`.
+
+    Returns:
+        One outcome a fine-tune, in their order: an adapter that was written, or an error.
+
+    Raises:
+        UsageError: two fine-tunes would have one output.
+        SurgeryError: the base cannot be read.
+    """
+    checkpoint = open_checkpoint(base)
+    tasks = [_plan(checkpoint, source, Path(out), overwrite, {**options, "jobs": jobs}) for source in tuned]
+    outputs = [task.outcome.out for task in tasks]
+    if len(set(outputs)) < len(outputs):
+        twice = next(name for name in outputs if outputs.count(name) > 1)
+        raise UsageError(f"two of the fine-tunes would both become {twice}", mend="rename their folders")
+    runs = [task for task in tasks if task.run is not None]
+    _examine(runs, progress or execute.Silent())
+    for task in tasks:
+        _write(task, overwrite)
+        done(task.outcome)
+    return [task.outcome for task in tasks]
+
+
+def _plan(base: Source, source: Any, out: Path, overwrite: bool, options: dict[str, Any]) -> _Task:
+    outcome = Outcome(os.fspath(source), str(out / stem_of(source)))
+    try:
+        plan = plan_extraction(base, source, **options)
+        outcome.out = str(out / f"{stem_of(source)}-lora-{plan.rule.slug}")
+        plan.check_output(outcome.out, overwrite=overwrite)
+    except SurgeryError as error:
+        outcome.error = error
+        return _Task(outcome)
+    return _Task(outcome, Run(plan))
+
+
+def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
+    """Go through the base once; whoever fails on the way is left behind."""
+    if not tasks:
+        return
+    plans: list[Extraction] = [task.run.plan for task in tasks if task.run]
+    base = plans[0].base
+    wanted_by = {id(task.run): set(task.run.plan.names) for task in tasks if task.run}
+    wanted = set().union(*wanted_by.values())
+    lock = threading.Lock()
+
+    def work(name: str) -> None:
+        held = Held(base.tensors[name])
+        progress.advance(held.spec.nbytes)
+        for task in tasks:
+            with lock:
+                run = task.run
+            if run is None or name not in wanted_by[id(run)]:
+                continue
+            try:
+                run.examine(name, held)
+            except SurgeryError as error:
+                with lock:
+                    task.outcome.error, task.run = task.outcome.error or error, None
+            progress.advance(run.plan.tuned[name].spec.nbytes)
+
+    progress.start(sum(base.tensors[name].spec.nbytes for name in wanted) + sum(p.tuned_bytes for p in plans))
+    try:
+        in_parallel(largest_first(base, wanted), work, plans[0].settings.jobs)
+    finally:
+        progress.finish()
+
+
+def _write(task: _Task, overwrite: bool) -> None:
+    if task.run is None:
+        return
+    try:
+        adapter = task.run.compose()
+        adapter.save(task.outcome.out, overwrite=overwrite)
+    except SurgeryError as error:
+        task.outcome.error = error
+    else:
+        task.outcome.adapter = adapter
+    task.run = None  # lets its spool go
