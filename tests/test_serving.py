@@ -21,7 +21,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, MismatchError, UsageError, VerificationError
 from surgery.formats import serving
-from surgery.formats.servers import KINDS, SERVERS
+from surgery.formats.serving import KINDS, SERVERS
 from surgery.tensor import TensorSpec
 
 transformers.utils.logging.set_verbosity_error()

@@ -47,27 +47,6 @@ class Problem:
         return f"{line}; {self.mend}" if self.mend else line
 
 
-KINDS: Mapping[str, str] = {
-    "linear": "LoRA on linear weights",
-    "expert": "LoRA on one expert's own weights",
-    "experts": "LoRA on the fused weights of all experts",
-    "conv1d": "LoRA on transposed weights (Conv1D)",
-    "conv": "LoRA on convolutions",
-    "embedding": "LoRA on embeddings",
-    "head": "LoRA on the output head",
-    "rows": "replaced token rows",
-    "bias": "replaced biases",
-    "norm": "replaced norms",
-    "saved": "weights saved whole",
-    "class_head": "classification heads saved whole",
-    "lora_bias": "biases of B",
-    "magnitude": "DoRA magnitudes",
-    "base_copy": "copies of base weights",
-    "unknown": "tensors of other methods",
-}
-"""Every kind of tensor that an adapter may have, in words."""
-
-
 class Unheld(NamedTuple):
     """What becomes of a kind of tensor that a server does not hold."""
 
@@ -89,7 +68,7 @@ class Server:
     required: tuple[str, ...]
     """Fields that ``adapter_config.json`` must have."""
     unheld: Mapping[str, Unheld]
-    """The kinds of tensor (:data:`KINDS`) that it does not hold; it holds all others."""
+    """The kinds of tensor (:data:`surgery.formats.kinds.KINDS`) that it does not hold; it holds all others."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Configuration fields that it refuses when they are set, and why."""
     ignored: Mapping[str, str] = field(default_factory=dict)
@@ -289,7 +268,7 @@ def holds(server: str, kind: str, module: str = "") -> str | None:
 
     Args:
         server: its name.
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`surgery.formats.kinds.KINDS`.
         module: the module it belongs to, where that matters too.
 
     >>> holds("vllm", "bias")
