@@ -855,6 +855,14 @@ def test_fields_of_any_type_give_a_verdict(fields, base_specs):
                 assert str(problem)
 
 
+def test_numbers_without_end_in_names_give_a_verdict():
+    case = Case(*QV, layers=()).set(layers_to_transform=[0])
+    for number in ("9999", "9" * 5000):
+        case.lora(f"model.layers.{number}.mlp.experts.{number}.gate_proj", 32, 16)
+    for server in SERVERS:
+        assert all(str(problem) for problem in serving.problems(server, case.document, case.specs))
+
+
 def test_tensors_of_any_shape_give_a_verdict(base_specs):
     for shape in ((), (0,), (3,), (0, 0), (1, 2, 3), (4, 16, 1, 1, 1)):
         case = Case(*ALL, "embed_tokens", "lm_head").put("model.embed_tokens.lora_embedding_A", *shape)

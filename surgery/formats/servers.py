@@ -244,8 +244,10 @@ _PEFT = Server(
 SERVERS: Mapping[str, Server] = {server.name: server for server in (_PEFT, _VLLM, _SGLANG, _LLAMACPP)}
 """Every server, by the name that ``--for`` takes."""
 
-EXPERT = re.compile(r"^(?P<stem>.*\bexperts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)$")
+EXPERT = re.compile(r"^(?P<stem>.*\bexperts)\.(?P<index>[0-9]{1,4})\.(?P<leaf>[^.]+)$")
 """A module of one expert."""
+_MOST_EXPERTS = 1024
+"""No model has more experts a layer; a stranger's number must not fill the memory."""
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _NOT_SERVED_ALIKE = ("embedding", "head", "experts")
 
@@ -331,7 +333,7 @@ def _whole_experts(modules: Iterable[str], others: Iterable[str]) -> Iterable[st
     """Name all experts' modules of the layers that have one."""
     seen = [match for module in modules if (match := EXPERT.match(module))]
     known = [match for module in others if (match := EXPERT.match(module))] or seen
-    count = 1 + max((int(match["index"]) for match in known), default=-1)
+    count = min(1 + max((int(match["index"]) for match in known), default=-1), _MOST_EXPERTS)
     for stem, leaf in {(match["stem"], match["leaf"]) for match in seen}:
         leaves = next((group for group in _PROJECTIONS if leaf in group), (leaf,))
         for index in range(count):
