@@ -21,7 +21,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, MismatchError, UsageError, VerificationError
 from surgery.formats import serving
-from surgery.formats.servers import KINDS, SERVERS
+from surgery.formats.serving import KINDS, SERVERS
 from surgery.tensor import TensorSpec
 
 transformers.utils.logging.set_verbosity_error()
@@ -853,6 +853,14 @@ def test_fields_of_any_type_give_a_verdict(fields, base_specs):
         for base in (None, base_specs):
             for problem in serving.problems(server, case.document, case.specs, base_specs=base):
                 assert str(problem)
+
+
+def test_numbers_without_end_in_names_give_a_verdict():
+    case = Case(*QV, layers=()).set(layers_to_transform=[0])
+    for number in ("9999", "9" * 5000):
+        case.lora(f"model.layers.{number}.mlp.experts.{number}.gate_proj", 32, 16)
+    for server in SERVERS:
+        assert all(str(problem) for problem in serving.problems(server, case.document, case.specs))
 
 
 def test_tensors_of_any_shape_give_a_verdict(base_specs):

@@ -95,7 +95,9 @@ def _in_layers(document: Mapping[str, Any], module: str) -> bool:
     patterns = document.get("layers_pattern")
     if isinstance(patterns, str) and patterns:
         patterns = [patterns]
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in _strings(patterns)] or [r".*?\.[^.]*\.(\d+)\."]
+    expressions = [rf"(?:^|.*?\.){pattern}\.([0-9]{1, 9})\." for pattern in _strings(patterns)] or [
+        r".*?\.[^.]*\.([0-9]{1,9})\."
+    ]
     for expression in expressions:
         peft.check_expression(expression.removeprefix(r"(?:^|.*?\.)"), "layers_pattern")
     found = next((match for expression in expressions if (match := re.match(expression, module))), None)

@@ -47,27 +47,6 @@ class Problem:
         return f"{line}; {self.mend}" if self.mend else line
 
 
-KINDS: Mapping[str, str] = {
-    "linear": "LoRA on linear weights",
-    "expert": "LoRA on one expert's own weights",
-    "experts": "LoRA on the fused weights of all experts",
-    "conv1d": "LoRA on transposed weights (Conv1D)",
-    "conv": "LoRA on convolutions",
-    "embedding": "LoRA on embeddings",
-    "head": "LoRA on the output head",
-    "rows": "replaced token rows",
-    "bias": "replaced biases",
-    "norm": "replaced norms",
-    "saved": "weights saved whole",
-    "class_head": "classification heads saved whole",
-    "lora_bias": "biases of B",
-    "magnitude": "DoRA magnitudes",
-    "base_copy": "copies of base weights",
-    "unknown": "tensors of other methods",
-}
-"""Every kind of tensor that an adapter may have, in words."""
-
-
 class Unheld(NamedTuple):
     """What becomes of a kind of tensor that a server does not hold."""
 
@@ -89,7 +68,7 @@ class Server:
     required: tuple[str, ...]
     """Fields that ``adapter_config.json`` must have."""
     unheld: Mapping[str, Unheld]
-    """The kinds of tensor (:data:`KINDS`) that it does not hold; it holds all others."""
+    """The kinds of tensor (:data:`surgery.formats.kinds.KINDS`) that it does not hold; it holds all others."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Configuration fields that it refuses when they are set, and why."""
     ignored: Mapping[str, str] = field(default_factory=dict)
@@ -265,8 +244,10 @@ _PEFT = Server(
 SERVERS: Mapping[str, Server] = {server.name: server for server in (_PEFT, _VLLM, _SGLANG, _LLAMACPP)}
 """Every server, by the name that ``--for`` takes."""
 
-EXPERT = re.compile(r"^(?P<stem>.*\bexperts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)$")
+EXPERT = re.compile(r"^(?P<stem>.*\bexperts)\.(?P<index>[0-9]{1,4})\.(?P<leaf>[^.]+)$")
 """A module of one expert."""
+_MOST_EXPERTS = 1024
+"""No model has more experts a layer; a stranger's number must not fill the memory."""
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _NOT_SERVED_ALIKE = ("embedding", "head", "experts")
 
@@ -289,7 +270,7 @@ def holds(server: str, kind: str, module: str = "") -> str | None:
 
     Args:
         server: its name.
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`surgery.formats.kinds.KINDS`.
         module: the module it belongs to, where that matters too.
 
     >>> holds("vllm", "bias")
@@ -352,7 +333,7 @@ def _whole_experts(modules: Iterable[str], others: Iterable[str]) -> Iterable[st
     """Name all experts' modules of the layers that have one."""
     seen = [match for module in modules if (match := EXPERT.match(module))]
     known = [match for module in others if (match := EXPERT.match(module))] or seen
-    count = 1 + max((int(match["index"]) for match in known), default=-1)
+    count = min(1 + max((int(match["index"]) for match in known), default=-1), _MOST_EXPERTS)
     for stem, leaf in {(match["stem"], match["leaf"]) for match in seen}:
         leaves = next((group for group in _PROJECTIONS if leaf in group), (leaf,))
         for index in range(count):
