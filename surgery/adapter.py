@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, numerics, provenance
 from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised, tied_weights
 from surgery.delta import Dense, ExpertsLowRank, LowRank, Magnitude, Replacement, Rows, Update
-from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError, VerificationError
 from surgery.formats import peft
 from surgery.history import read_record
 from surgery.names import align, module_of
@@ -108,6 +108,7 @@ class Adapter:
             overwrite=overwrite,
             sources=self.stored,
             files={peft.CONFIG: peft.encode_config(self.document), **self.files},
+            check=_read_back,
             progress=progress,
         )
 
@@ -119,6 +120,21 @@ class Adapter:
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
             base=self.taken_from,
         )
+
+
+def _read_back(folder: Path, written: Mapping[str, str]) -> None:
+    """Read what was written once more: the errors that its card states are of these bits.
+
+    Raises:
+        VerificationError: a tensor is not what was written.
+    """
+    stored = local.open_weights(folder, adapter=True)
+    try:
+        for key, value in written.items():
+            if key not in stored.tensors or provenance.fingerprint(stored.tensors[key]) != value:
+                raise VerificationError("is not what was written", file=stored.label, tensor=key, mend="check the disk")
+    finally:
+        stored.close()
 
 
 def is_adapter(source: object) -> bool:

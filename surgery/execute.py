@@ -219,6 +219,7 @@ def publish(
     files: Mapping[str, bytes] | None = None,
     copies: Mapping[str, Path] | None = None,
     kept: Mapping[str, LazyTensor] | None = None,
+    check: Callable[[Path, Mapping[str, str]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Plan, write and publish an output: weights, side files, then index and record last, then one rename.
@@ -237,6 +238,7 @@ def publish(
         files: small files to write.
         copies: side files to copy.
         kept: tensors that a later unmerge needs, for ``.surgery/originals``.
+        check: told where the finished output lies and its tensors' fingerprints, just before it is published.
         progress: somebody who watches.
 
     Returns:
@@ -273,6 +275,8 @@ def publish(
             publication.write(RECORD, encode(document))
         for source in sources:
             source.check_unchanged()
+        if check is not None:
+            check(publication.staging, fingerprints)
         publication.commit()
     return document
 

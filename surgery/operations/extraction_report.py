@@ -83,8 +83,8 @@ class ExtractionReport:
         ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
         lines = [_group_line(role, how, rows, self.energy) for (role, how), rows in ordered]
         total = human_bytes(sum(row.nbytes for row in self.rows))
-        lines.append(("all", "", str(len(self.rows)), "100 %", percent(self.kept), f"{self.error:.4f}", total))
-        columns = ("weights", "stored as", "tensors", "share of ‖Δ‖²", "kept", "rel. error", "bytes")
+        lines.append(("all", "", "", str(len(self.rows)), "100 %", percent(self.kept), f"{self.error:.4f}", total))
+        columns = ("weights", "stored as", "rank", "tensors", "share of ‖Δ‖²", "kept", "rel. error", "bytes")
         return Table(f"What the adapter keeps ({self.title})", columns, tuple(lines))
 
     @property
@@ -95,6 +95,14 @@ class ExtractionReport:
         if not ranks or self.rank == str(ranks[-1]):
             return rule
         return f"{rule}: rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+
+    @property
+    def option(self) -> str:
+        """The rule as the command line takes it."""
+        if self.rank == "noise floor":
+            return "--noise-floor"
+        kind, _, value = self.rank.partition(" ")
+        return f"--{kind} {value.replace(' ', '')}" if value else f"--rank {self.rank}"
 
     def document(self) -> dict[str, Any]:
         """Return everything, for ``--json`` and the record."""
@@ -128,9 +136,29 @@ def _group_line(role: str, how: str, rows: Sequence[Row], total: float) -> tuple
     residual = math.fsum(row.residual for row in rows)
     kept = 1 - residual / energy if energy else 1.0
     return (
-        role, how, str(len(rows)), percent(energy / total if total else 0.0), percent(kept),
+        role, how, _span([row.rank for row in rows if row.rank]), str(len(rows)), percent(energy / total if total else 0.0), percent(kept),
         f"{math.sqrt(max(1 - kept, 0.0)):.4f}", human_bytes(sum(row.nbytes for row in rows)),
     )  # fmt: skip
+
+
+def _span(ranks: Sequence[int]) -> str:
+    """Write the ranks of several weights.
+
+    >>> _span([8, 8]), _span([5, 21, 8]), _span([])
+    ('8', '5–21', '')
+    """
+    if not ranks:
+        return ""
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+
+
+def bound(excess: float) -> str:
+    """Write a certified excess, rounded up to a power of ten.
+
+    >>> bound(0.00031), bound(0.0), bound(3e-9)
+    ('0.1 %', '0.0001 %', '0.0001 %')
+    """
+    return percent(10.0 ** max(math.ceil(math.log10(max(excess, 1e-6)) - 1e-9), -6))
 
 
 def card(report: ExtractionReport, document: Mapping[str, Any], base_label: str, tuned_label: str) -> bytes:
@@ -151,11 +179,12 @@ def card(report: ExtractionReport, document: Mapping[str, Any], base_label: str,
 # {tuned_label} as a LoRA adapter of {base}
 
 Extracted with [surgery](https://pypi.org/project/checkpoint-surgery/) from the fine-tune `{tuned_label}`:
-`surgery extract-lora {base_label} {tuned_label} --rank {report.rank}`
+`surgery extract-lora {base_label} {tuned_label} {report.option}`
 
 {report.table().markdown()}
 
-The factored weights keep {percent(kept)} of their ‖Δ‖²; twice the rank would keep {percent(following)}.
+The factored weights keep {percent(kept)} of their ‖Δ‖²; twice the rank would keep {percent(following)} or more. Each error is
+within {bound(report.excess)} of the best possible at its rank. Errors are of the values as stored, read back from the file.
 
 ```python
 from peft import PeftModel
@@ -175,7 +204,7 @@ def summary(report: ExtractionReport) -> str:
     ranks = sorted({row.rank for row in report.rows if row.how == "lora"})
     if not ranks:
         return f"the adapter keeps {percent(report.kept)} of ‖Δ‖²"
-    proof = f"within {percent(report.excess)} of the best possible at these ranks, certified"
+    proof = f"within {bound(report.excess)} of the best possible, certified"
     if report.rank == "full":
         return f"the adapter keeps {percent(report.kept)} of ‖Δ‖², {proof}"
     if len(ranks) == 1:

@@ -27,8 +27,8 @@ from surgery.algorithms.lowrank import component_products, truncated_svd
 from surgery.algorithms.ranks import Spectrum
 from surgery.checkpoint import Checkpoint
 from surgery.delta import Cast
-from surgery.errors import MismatchError, NumericError, SurgeryError
-from surgery.formats import peft, safetensors, servers
+from surgery.errors import MismatchError, NumericError, SurgeryError, VerificationError
+from surgery.formats import peft, safetensors, servers, serving
 from surgery.names import module_of
 from surgery.operations.extraction_report import ExtractionReport, Row, card
 from surgery.operations.extraction_units import EXPERTS, Factors, Unit
@@ -148,6 +148,7 @@ class Run:
         weight = math.fsum(found.weight_energy for found in self.found.values())
         report = ExtractionReport(plan.rule.name, rows, math.sqrt(weight), plan.settings.tolerance, tuple(plan.notes))
         document = self._config(saved, biases)
+        self._check_loads(document)
         prints = {name: found.prints for name, found in sorted(self.found.items())}
         return Adapter(
             self.tensors,
@@ -576,6 +577,21 @@ class Run:
             fan_in_fan_out=any(unit.flipped and unit.kind == "linear" for unit in plan.units.values()),
             token_indices={self._module(n): found.token_rows for n, found in self.found.items() if found.token_rows},
         )
+
+    def _check_loads(self, document: Mapping[str, Any]) -> None:
+        """Hold the adapter against what its server loads, as ``surgery verify --for`` would.
+
+        Raises:
+            VerificationError: it would not load, or do something else.
+        """
+        specs = {key: tensor.spec for key, tensor in self.tensors.items()}
+        server = self.settings.server
+        for problem in serving.problems(server, document, specs):
+            if problem.level != "note":
+                raise VerificationError(
+                    f"the adapter would not do in {servers.server_named(server).title} what it should: {problem}",
+                    file=self.plan.tuned_label,
+                )
 
     def _record(
         self, outputs: Mapping[str, str], report: ExtractionReport, prints: Mapping[str, tuple[str, str]]
