@@ -129,7 +129,7 @@ class HubError(SurgeryError):
 
 
 class VerificationError(SurgeryError):
-    """Bytes on disk are not those that were recorded."""
+    """Bytes on disk are not those that were recorded, or an adapter does not load where it should."""
 
     exit_code = 10
 
