@@ -64,7 +64,7 @@ def table(content: Table) -> None:
         header_style="dim",
     )
     for number, column in enumerate(content.columns):
-        words = any(not row[number][:1].isdigit() for row in content.rows if row[number])
+        words = any(not row[number].lstrip("-")[:1].isdigit() for row in content.rows if row[number])
         drawing.add_column(column, justify="left" if number == 0 or words else "right", overflow="fold")
     for row in content.rows:
         drawing.add_row(*(Text(printable(cell)) for cell in row))
