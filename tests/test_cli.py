@@ -99,6 +99,29 @@ def test_dry_runs_write_nothing(models, run):
     assert sorted(models.rglob("*")) == before
 
 
+def test_a_plan_counts_every_byte_that_is_read_and_written(models, run):
+    (models / "base" / "config.json").write_text("{}")
+    run("extract-lora", "base", "ft", "-o", "adapter", "-q")
+    for folder in ("base", "ft"):
+        (models / folder / "tokenizer.json").write_text("{" + 999 * " " + "}")
+    plan = json.loads(run("merge", "base", "adapter", "-o", "merged", "--dry-run", "--json")[1])
+    run("merge", "base", "adapter", "-o", "merged", "-q")
+    written = sum(path.stat().st_size for path in (models / "merged").rglob("*") if path.is_file())
+    assert plan["bytes_written"] == written - (models / "merged" / "surgery.json").stat().st_size
+    stored = {name: sum(value.nbytes for value in load_file(f"{name}.safetensors").values())
+              for name in ("base/model", "adapter/adapter_model")}  # fmt: skip
+    assert plan["bytes_read"] == sum(stored.values())
+
+
+def test_one_file_is_planned_and_reported_as_one(models, run):
+    run("convert", "base", "--max-shard-size", "2KB", "-o", "shards", "-q")
+    code, out, _ = run("convert", "shards", "-o", "one.safetensors", "--dry-run", "--json")
+    assert (code, list(json.loads(out)["files"])) == (0, ["model.safetensors"])
+    assert " in 1 file;" in run("convert", "shards", "-o", "one.safetensors")[1]
+    code, _, err = run("convert", "shards", "-o", "two.safetensors", "--max-shard-size", "1GB", "--dry-run")
+    assert (code, "no shards" in err) == (2, True)
+
+
 def test_quiet_prints_one_line(models, run):
     assert run("extract-lora", "base", "ft", "-q") == (0, "./ft-lora-r8\n", "")
     assert run("merge", "base", "ft-lora-r8", "-o", "merged", "-q") == (0, "merged\n", "")

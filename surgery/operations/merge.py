@@ -82,7 +82,9 @@ def merge(
         config=checkpoint.config,
         side_files=checkpoint.side_files,
         notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
-        origin=Origin(work.record, kept=work.originals(), counts=counts, history=work.future()),
+        origin=Origin(
+            work.record, kept=work.originals(), counts=counts, history=work.future(), read=sum(a.nbytes for a in opened)
+        ),
     )
 
 

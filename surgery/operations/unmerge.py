@@ -87,6 +87,7 @@ def unmerge(
         origin=Origin(
             lambda prints: work.record(prints, adapters), kept=kept, history=future,
             counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
+            read=opened.nbytes,
         ),
     )  # fmt: skip
 
