@@ -34,7 +34,7 @@ def test_every_name_of_the_package_is_exported_and_importable():
         assert getattr(surgery, name) is not None
     assert set(surgery.__all__) <= set(dir(surgery))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        surgery.nothing  # noqa: B018
+        surgery.nothing
 
 
 def test_the_main_job_runs_on_dicts_without_touching_the_disk(tmp_path, monkeypatch):
@@ -190,14 +190,14 @@ def test_wrong_arguments_are_usage_errors():
         surgery.merge(base)
     with pytest.raises(UsageError, match="2 coefficients for 1"):
         surgery.merge(base, adapter, coeff=[1, 2])
-    with pytest.raises(UsageError, match="not finite|finite number"):
+    with pytest.raises(UsageError, match="not a finite number"):
         surgery.merge(base, adapter, coeff=float("nan"))
     with pytest.raises(UsageError, match="not a state dict"):
         surgery.merge(base, tuned)
     with pytest.raises(UsageError, match="rank must be"):
         surgery.extract_lora(base, tuned, rank=0)
+    checkpoint = surgery.open(base)
     with pytest.raises(UsageError, match="same files"):
-        checkpoint = surgery.open(base)
         surgery.extract_lora(checkpoint, checkpoint)
     with pytest.raises(UsageError, match="folder"):
         adapter.save("adapter.safetensors")

@@ -374,8 +374,9 @@ def test_importing_it_imports_neither_transformers_nor_torch():
 
 
 def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_path):
-    import surgery
     from peft import PeftModel
+
+    import surgery
 
     config = transformers.ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
@@ -386,7 +387,7 @@ def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     model.save_pretrained(tmp_path / "ft")
     surgery.extract_lora(tmp_path / "base", tmp_path / "ft", rank=3, names_in_memory=True).save(tmp_path / "adapter")
     merged = surgery.merge(tmp_path / "base", tmp_path / "adapter")
@@ -394,7 +395,9 @@ def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_
     merged.save(tmp_path / "merged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(transformers.ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        adapted = PeftModel.from_pretrained(
+            transformers.ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
         there = adapted.merge_and_unload().state_dict()
         here = transformers.ViTModel.from_pretrained(tmp_path / "merged").state_dict()
     moved = transformers.ViTModel.from_pretrained(tmp_path / "base").state_dict()
