@@ -132,7 +132,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             MismatchError: with ``strict``, names that do not meet; always, shapes that differ.
         """
         own = module.state_dict(keep_vars=True)
-        missing, extra = own.keys() - self.keys(), self.keys() - own.keys()
+        shared = {id(own[name]) for name in own.keys() & self.keys()}  # a tied weight has two names and is loaded once
+        missing = {name for name in own.keys() - self.keys() if id(own[name]) not in shared}
+        extra = self.keys() - own.keys()
         if strict and (missing or extra):
             name = min(missing or extra)
             side = "is in the module only" if missing else "is in the checkpoint only"
@@ -265,6 +267,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         follow_links: accept links that lead out of a folder.
 
     Raises:
+        UsageError: neither a path nor a state dict.
         FormatError: malformed, incomplete, or nothing there.
         MismatchError: two weight sets in one folder.
         UnsafeError: a pickle that would run code, or a path that leads outside.
@@ -278,6 +281,9 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if isinstance(source, Mapping):
         tensors, notes = memory.open_mapping(source)
         return Checkpoint(tensors, label="(in memory)", notes=notes)
+    if not isinstance(source, str | os.PathLike):
+        mend = "pass its state_dict()" if hasattr(source, "state_dict") else None
+        raise UsageError(f"a checkpoint is a path or a state dict, not of class {type(source).__name__}", mend=mend)
     stored = local.open_weights(source, follow_links=follow_links)
     whole = stored.path.is_dir()
     return Checkpoint(

@@ -37,6 +37,21 @@ def test_every_name_of_the_package_is_exported_and_importable():
         surgery.nothing
 
 
+def test_tied_weights_of_a_module_are_loaded_by_either_name():
+    module = torch.nn.ModuleDict({"emb": torch.nn.Embedding(5, 4), "head": torch.nn.Linear(4, 5, bias=False)})
+    module["head"].weight = module["emb"].weight
+    wanted = torch.arange(20.0).reshape(5, 4)
+    surgery.open({"emb.weight": wanted}).load_into(module)
+    assert torch.equal(module["head"].weight, wanted)
+    with pytest.raises(MismatchError, match="in the module only"):
+        surgery.open({"other.weight": wanted}).load_into(module)
+
+
+def test_a_module_in_place_of_its_state_dict_is_told_what_to_pass():
+    with pytest.raises(UsageError, match=r"not of class Linear; pass its state_dict\(\)"):
+        surgery.diff({"weight": torch.zeros(2, 2)}, torch.nn.Linear(2, 2))
+
+
 def test_the_main_job_runs_on_dicts_without_touching_the_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, tuned = pair()

@@ -45,6 +45,12 @@ def rows_moved() -> dict[str, np.ndarray]:
     return changed
 
 
+def with_values(name: str, value: float) -> dict[str, np.ndarray]:
+    changed = tensors()
+    changed[name][1:3] = value
+    return changed
+
+
 @pytest.mark.parametrize(
     ("tuned", "verdict"),
     [
@@ -59,12 +65,31 @@ def rows_moved() -> dict[str, np.ndarray]:
         (moved("proj.weight"), "dense"),
         (tensors(1), "unrelated (cosine -0.01)"),
         ({name: value * np.float32(1 + 2**-23) for name, value in tensors().items()}, "equal to float32 rounding"),
+        (with_values("norm.weight", np.nan), "only NaN or Inf"),
+        ({**moved("bias"), "norm.weight": np.full(64, np.nan, np.float32)}, "only biases (and NaN or Inf)"),
         ({**tensors(), "new": np.ones(2, np.float32)}, "identical values (and tensors added)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_verdict_names_the_kind_of_change(tuned, verdict):
     assert surgery.diff(tensors(), tuned).verdict() == verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([0, 1], [0, 2], "only integers, booleans or codes"),
+        ([False], [True], "only integers, booleans or codes"),
+        ([0.0, 1.0], [-0.0, 1.0], "only signs of zeros"),
+        ([np.nan, np.inf, 1.0], [np.nan, np.inf, 1.0], "identical"),
+        ([], [], "identical"),
+        (2.0, 2.0, "identical"),
+    ],
+)
+def test_identical_means_every_bit(before, after, verdict):
+    report = surgery.diff({"x": np.array(before)}, {"x": np.array(after)})
+    assert report.verdict() == verdict
+    assert report.identical == (verdict == "identical")
 
 
 def forms(report) -> dict[str, dict]:

@@ -49,7 +49,7 @@ def write(
         files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
         click.echo(f"wrote {printable(out)} ({human_bytes(nbytes)} in {files}; tensors: {done}) in {seconds:.1f} s")
         restored = record.get("restored")
-        if restored:
+        if restored and restored["proven_exact"]:  # none where no record says what the base was
             click.echo(
                 f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
             )

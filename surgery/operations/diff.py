@@ -127,10 +127,14 @@ class DiffReport:
             {row.status for row in self.rows if row.status in ("added", "removed", "reshaped", "recast")}
         )
         suffix = f" (and tensors {', '.join(structure)})" if structure else ""
+        unmeasured = self._unmeasured()
         if not self.values_compared:
             return ("different layout" if structure else "same layout") + f": values were not compared{suffix}"
+        if not changed and unmeasured:
+            return f"only {unmeasured}" + suffix
         if not changed:
             return "identical values" + suffix if structure else "identical"
+        suffix += f" (and {unmeasured})" if unmeasured else ""
         roles = {row.role for row in changed}
         if all(row.after and row.after.dtype in ("F32", "F64") and row.relative_norm <= ROUNDING for row in changed):
             return "equal to float32 rounding" + suffix
@@ -144,6 +148,11 @@ class DiffReport:
         if roles <= {"embedding", "head"}:
             return _only(roles) + suffix
         return "dense" + suffix
+
+    def _unmeasured(self) -> str:
+        """Name the changes that no norm measures."""
+        rows = [row for row in self.rows if row.status == "changed" and (row.nonfinite or not row.energy)]
+        return ", ".join(sorted({_unmeasured_kind(row) for row in rows}))
 
     def _matrices(self) -> list[DiffRow]:
         return [row for row in self.rows if row.kept]
@@ -280,6 +289,12 @@ class DiffReport:
 
     def _repr_html_(self) -> str:
         return f"<p>{self.verdict()}</p>" + self.table().html() + self.ship_it_as().html()
+
+
+def _unmeasured_kind(row: DiffRow) -> str:
+    if row.nonfinite:
+        return "NaN or Inf"
+    return "signs of zeros" if row.after and row.after.dtype in ARITHMETIC else "integers, booleans or codes"
 
 
 def _only(roles: set[str]) -> str:
