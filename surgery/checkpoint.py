@@ -281,9 +281,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if isinstance(source, Mapping):
         tensors, notes = memory.open_mapping(source)
         return Checkpoint(tensors, label="(in memory)", notes=notes)
-    if not isinstance(source, str | os.PathLike):
-        mend = "pass its state_dict()" if hasattr(source, "state_dict") else None
-        raise UsageError(f"a checkpoint is a path or a state dict, not of class {type(source).__name__}", mend=mend)
+    _require_path(source)
     stored = local.open_weights(source, follow_links=follow_links)
     whole = stored.path.is_dir()
     return Checkpoint(
@@ -295,6 +293,13 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         side_files=local.side_files(stored.path) if whole else None,
         notes=stored.notes,
     )
+
+
+def _require_path(source: object) -> None:
+    """Refuse what callers pass against the signature, a module in place of its state dict above all."""
+    if not isinstance(source, str | os.PathLike):
+        mend = "pass its state_dict()" if hasattr(source, "state_dict") else None
+        raise UsageError(f"a checkpoint is a path or a state dict, not of class {type(source).__name__}", mend=mend)
 
 
 def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
