@@ -18,6 +18,7 @@ from surgery.plan import Plan, lay_out
 from surgery.roles import role_of
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
+from surgery.writer import is_one_file
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +158,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     ) -> Plan:
         """Lay the output out without reading data: what ``--dry-run`` prints. See :meth:`save` for the arguments."""
         origin = self.origin or Origin(self._copy_record, counts={"copied": len(self)})
-        single = _is_one_file(out, max_shard_size)
+        single = _whole_file(out, max_shard_size)
         weights = lay_out(
             self.tensors,
             shards=None if single else self.shards,
@@ -207,7 +208,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             OutputError: ``out`` exists, is an input, is locked, or does not fit.
             NumericError: a value is NaN, infinite, or overflows.
         """
-        single = _is_one_file(out, max_shard_size)
+        single = _whole_file(out, max_shard_size)
         origin = self.origin or Origin(self._copy_record)
         return execute.publish(
             self.tensors,
@@ -242,13 +243,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 _NO_LIMIT = 1 << 62
 
 
-def _is_one_file(out: str | os.PathLike[str] | None, max_shard_size: int | None) -> bool:
+def _whole_file(out: str | os.PathLike[str] | None, max_shard_size: int | None) -> bool:
     """Say whether an output is a file of its own, and refuse to cut one.
 
     Raises:
         UsageError: it is, and shards were asked for.
     """
-    single = out is not None and os.fspath(out).endswith(".safetensors")
+    single = out is not None and is_one_file(out)
     if single and max_shard_size is not None:
         raise UsageError("one file has no shards", file=out, mend="drop --max-shard-size, or name a folder")
     return single

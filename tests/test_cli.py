@@ -122,6 +122,12 @@ def test_one_file_is_planned_and_reported_as_one(models, run):
     assert (code, "no shards" in err) == (2, True)
 
 
+def test_a_name_that_ends_in_a_slash_is_a_folder_whatever_its_suffix(models, run):
+    assert run("convert", "base", "-o", "out.safetensors/")[0] == 0
+    assert {path.name for path in (models / "out.safetensors").iterdir()} == {"model.safetensors", "surgery.json"}
+    assert run("verify", "out.safetensors")[0] == 0
+
+
 def test_quiet_prints_one_line(models, run):
     assert run("extract-lora", "base", "ft", "-q") == (0, "./ft-lora-r8\n", "")
     assert run("merge", "base", "ft-lora-r8", "-o", "merged", "-q") == (0, "merged\n", "")
