@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -189,6 +190,20 @@ def test_an_internal_error_exits_70_and_asks_for_a_report(models, run, monkeypat
     assert (code, out) == (70, "")
     assert "please report" in err
     assert "Traceback" not in err
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(models, run, monkeypatch):
+    def fail(*_arguments, **_options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'nonzero'") from None
+
+    monkeypatch.setattr("surgery.cli.info.info", fail)
+    code, out, err = run("info", "base")
+    assert (code, out) == (130, "")
+    assert err.strip() == "surgery: error: interrupted: nothing was published; the same command starts again"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_reader_that_goes_away_is_no_error(models):
