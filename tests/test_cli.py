@@ -224,6 +224,16 @@ def test_completion_scripts_are_offered():
     assert "complete" in done.stdout
 
 
+def test_a_long_table_is_drawn_as_a_short_one(models, run, monkeypatch):
+    save_file({"模型.weight": np.ones((2, 3)), "b\n": np.ones(100)}, models / "wide.safetensors")
+    for arguments in (("info", "wide.safetensors", "--tensors"), ("diff", "base", "ft", "--by", "tensor")):
+        short = run(*arguments)
+        monkeypatch.setattr("surgery.cli.terminal.LONG_TABLE", 0)
+        assert run(*arguments) == short
+        monkeypatch.undo()
+        monkeypatch.chdir(models)
+
+
 def test_no_colour_codes_reach_a_pipe(models):
     done = subprocess.run([sys.executable, "-m", "surgery", "diff", "base", "ft"], capture_output=True, text=True)
     assert done.returncode == 0
