@@ -37,6 +37,12 @@ def test_every_name_of_the_package_is_exported_and_importable():
         surgery.nothing
 
 
+def test_reports_show_themselves_in_a_line():
+    base, tuned = pair()
+    assert repr(surgery.diff(base, tuned)).startswith("<DiffReport '(in memory)' → '(in memory)': dense")
+    assert repr(surgery.info(base)) == "<Info '(in memory)': 8 tensors, 1.63 K parameters, 6.53 kB>"
+
+
 def test_tied_weights_of_a_module_are_loaded_by_either_name():
     module = torch.nn.ModuleDict({"emb": torch.nn.Embedding(5, 4), "head": torch.nn.Linear(4, 5, bias=False)})
     module["head"].weight = module["emb"].weight

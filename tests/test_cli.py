@@ -143,6 +143,23 @@ def test_exit_code_tells_whether_anything_differs(models, run):
     assert run("diff", "base", "ft", "-q")[0] == 0
 
 
+def test_what_was_merged_by_a_map_of_names_is_unmerged_by_it(models, run):
+    base = load_file("base/model.safetensors")
+    (models / "disk").mkdir()
+    save_file({name.replace("q_proj", "query"): value for name, value in base.items()}, "disk/model.safetensors")
+    run("extract-lora", "base", "ft", "-o", "adapter", "-q")
+    names = {f"layers.{layer}.q_proj": f"layers.{layer}.query" for layer in range(2)}
+    (models / "map.json").write_text(json.dumps(names))
+    for command in (
+        ("merge", "disk", "adapter", "-o", "merged", "--name-map", "map.json", "-q"),
+        ("unmerge", "merged", "adapter", "-o", "restored", "--name-map", "map.json", "-q"),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    for name, value in load_file("restored/model.safetensors").items():
+        assert np.allclose(value, base[name.replace("query", "q_proj")], atol=1e-6)
+
+
 def test_negative_and_several_coefficients(models, run):
     run("extract-lora", "base", "ft", "--rank", "full", "-o", "adapter", "-q")
     assert run("merge", "base", "adapter", "--coeff", "-1", "-o", "negated", "-q")[0] == 0

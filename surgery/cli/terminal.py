@@ -123,7 +123,7 @@ def plan(found: Plan, *, as_json: bool, verb: str, notes_: Iterable[str] = ()) -
             ("files", f"{len(found.files)}: {', '.join(file.name for file in found.files[:3])}{' …' if len(found.files) > 3 else ''}"),
             ("read", human_bytes(found.bytes_read)),
             ("write", human_bytes(found.bytes_written)),
-            ("memory", f"at most {human_bytes(found.peak_memory)} with {found.workers} jobs"),
+            ("memory", f"at most {human_bytes(found.peak_memory)} with {found.workers} job{'s' if found.workers > 1 else ''}"),
         ]
     )  # fmt: skip
     notes(notes_)

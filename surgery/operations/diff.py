@@ -80,7 +80,7 @@ class Form:
     """What makes it, as the two checkpoints were called."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffReport:
     """All differences between two checkpoints."""
 
@@ -94,6 +94,10 @@ class DiffReport:
     """The command that copies B."""
     extracting: Callable[[int | None], str] = lambda _rank: ""
     """Composes the command that extracts an adapter of a rank, or of the default rank."""
+
+    def __repr__(self) -> str:
+        """Say the verdict: the rows may be thousands."""
+        return f"<DiffReport {self.a!r} → {self.b!r}: {self.verdict()}, {len(self.rows)} tensors>"
 
     @property
     def identical(self) -> bool:
