@@ -1162,6 +1162,23 @@ def _(here: Path) -> Commands:
     return [["merge", "tuned-model", "own-lora", "-o", "out"]]
 
 
+@refused(
+    "identity: an adapter on its own fine-tune under other names", MISMATCH, "bare-model", "own-lora", "proj.weight"
+)
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("convert", "tuned-model", "--rename", "model.=", "-o", "bare-model")
+    return [["merge", "bare-model", "own-lora", "-o", "out"]]
+
+
+@refused("identity: an unmerge from a bare base under other names", MISMATCH, "bare-model", "own-lora")
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("convert", "base-model", "--rename", "model.=", "-o", "bare-model")
+    (here / "bare-model" / "surgery.json").unlink()
+    return [["unmerge", "bare-model", "own-lora", "-o", "out"]]
+
+
 @refused("identity: an adapter merged twice", MISMATCH, "merged-model", "own-lora")
 def _(here: Path) -> Commands:
     _extracted(here)
