@@ -104,6 +104,11 @@ def test_what_needs_no_matrix_ships_as_an_adapter_of_any_rank(tuned):
     assert adapter["error"] == pytest.approx(report.error, abs=1e-6) == 0
 
 
+def test_without_a_sketch_no_adapter_is_offered():
+    report = surgery.diff(tensors(), moved("proj.weight", "bias"), spectrum=False)
+    assert list(forms(report)) == ["full copy"]
+
+
 def test_errors_and_bytes_of_the_ranks_are_those_of_the_adapters():
     tuned = moved("weight", "bias")
     table = forms(surgery.diff(tensors(), tuned))

@@ -179,6 +179,8 @@ class DiffReport:
             return forms
         if self._matrices():
             return forms + [self._adapter(f"LoRA rank {rank}", rank) for rank in RANKS]
+        if any(row.energy and row.after and is_matrix(row.after) for row in self.rows):
+            return forms  # no sketch was asked for
         # Without matrices nothing is factored, and the rank does not matter: the adapter holds biases, norms and rows.
         adapter = self._adapter("adapter", None)
         return [*forms, adapter] if adapter.nbytes else forms
