@@ -176,6 +176,15 @@ def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
     return Adapter(stored.tensors, document, label=stored.label, stored=[stored], taken_from=record.get("base", {}))
 
 
+def expected_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """Map the tensors of ``base`` to the fingerprints they have if the adapter was taken from it.
+
+    The record has the names of the base that was extracted from; another spelling of them is no way round the check.
+    """
+    names = align(base.tensors.keys(), adapter.taken_from.keys()).names
+    return {names[name]: value for name, value in adapter.taken_from.items() if names[name] in base.tensors}
+
+
 @dataclass
 class Binding:
     """An adapter's effect on a base, weight by weight."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from surgery.plan import Plan, lay_out
 from surgery.roles import role_of
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
+from surgery.writer import is_one_file
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,8 @@ class Origin:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    read: int = 0
+    """Bytes to read beside those of the tensors themselves: adapters."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -130,7 +133,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             MismatchError: with ``strict``, names that do not meet; always, shapes that differ.
         """
         own = module.state_dict(keep_vars=True)
-        missing, extra = own.keys() - self.keys(), self.keys() - own.keys()
+        shared = {id(own[name]) for name in own.keys() & self.keys()}  # a tied weight has two names and is loaded once
+        missing = {name for name in own.keys() - self.keys() if id(own[name]) not in shared}
+        extra = self.keys() - own.keys()
         if strict and (missing or extra):
             name = min(missing or extra)
             side = "is in the module only" if missing else "is in the checkpoint only"
@@ -144,18 +149,37 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             own[name].data.copy_(self[name])
 
     def plan(
-        self, *, max_shard_size: int | None = None, jobs: int | None = None, max_memory: int | None = None
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        max_shard_size: int | None = None,
+        jobs: int | None = None,
+        max_memory: int | None = None,
     ) -> Plan:
-        """Lay the output out without reading data: what ``--dry-run`` prints."""
-        return lay_out(
+        """Lay the output out without reading data: what ``--dry-run`` prints. See :meth:`save` for the arguments."""
+        origin = self.origin or Origin(self._copy_record, counts={"copied": len(self)})
+        single = _whole_file(out, max_shard_size)
+        weights = lay_out(
             self.tensors,
-            shards=self.shards,
-            max_shard_size=max_shard_size,
+            shards=None if single else self.shards,
+            max_shard_size=_NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
-            bytes_read=self.nbytes,
-            counts=self.origin.counts if self.origin else {"copied": len(self)},
+            bytes_read=self.nbytes + origin.read,
+            counts=origin.counts,
         )
+        if single:
+            return weights
+        kept = lay_out(origin.kept, workers=1) if origin.kept else None
+        beside = [*map(len, origin.files.values()), *(path.stat().st_size for path in self._copies(origin).values())]
+        return replace(
+            weights,
+            bytes_written=weights.bytes_written + (kept.bytes_written if kept else 0) + sum(beside),
+            peak_memory=max(weights.peak_memory, kept.peak_memory if kept else 0),
+        )
+
+    def _copies(self, origin: Origin) -> dict[str, Path]:
+        return {name: path for name, path in self.side_files.items() if name not in origin.files}
 
     def save(
         self,
@@ -184,24 +208,20 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             OutputError: ``out`` exists, is an input, is locked, or does not fit.
             NumericError: a value is NaN, infinite, or overflows.
         """
-        single = os.fspath(out).endswith(".safetensors")
-        if single and max_shard_size is not None:
-            raise UsageError(
-                "one file has no shards", file=os.fspath(out), mend="drop --max-shard-size, or name a folder"
-            )
+        single = _whole_file(out, max_shard_size)
         origin = self.origin or Origin(self._copy_record)
         return execute.publish(
             self.tensors,
             out,
             record=origin.record,
             shards=None if single else self.shards,
-            max_shard_size=(1 << 62) if single else max_shard_size,
+            max_shard_size=_NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
             overwrite=overwrite,
             sources=self.stored,
             files={} if single else origin.files,
-            copies={} if single else {n: path for n, path in self.side_files.items() if n not in origin.files},
+            copies={} if single else self._copies(origin),
             kept={} if single else origin.kept,
             progress=progress,
         )
@@ -220,6 +240,21 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             stored.close()
 
 
+_NO_LIMIT = 1 << 62
+
+
+def _whole_file(out: str | os.PathLike[str] | None, max_shard_size: int | None) -> bool:
+    """Say whether an output is a file of its own, and refuse to cut one.
+
+    Raises:
+        UsageError: it is, and shards were asked for.
+    """
+    single = out is not None and is_one_file(out)
+    if single and max_shard_size is not None:
+        raise UsageError("one file has no shards", file=out, mend="drop --max-shard-size, or name a folder")
+    return single
+
+
 def default_jobs() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -233,6 +268,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         follow_links: accept links that lead out of a folder.
 
     Raises:
+        UsageError: neither a path nor a state dict.
         FormatError: malformed, incomplete, or nothing there.
         MismatchError: two weight sets in one folder.
         UnsafeError: a pickle that would run code, or a path that leads outside.
@@ -246,6 +282,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if isinstance(source, Mapping):
         tensors, notes = memory.open_mapping(source)
         return Checkpoint(tensors, label="(in memory)", notes=notes)
+    _require_path(source)
     stored = local.open_weights(source, follow_links=follow_links)
     whole = stored.path.is_dir()
     return Checkpoint(
@@ -257,6 +294,13 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         side_files=local.side_files(stored.path) if whole else None,
         notes=stored.notes,
     )
+
+
+def _require_path(source: object) -> None:
+    """Refuse what callers pass against the signature, a module in place of its state dict above all."""
+    if not isinstance(source, str | os.PathLike):
+        mend = "pass its state_dict()" if hasattr(source, "state_dict") else None
+        raise UsageError(f"a checkpoint is a path or a state dict, not of class {type(source).__name__}", mend=mend)
 
 
 def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:

@@ -19,7 +19,7 @@ from surgery.formats.safetensors import build_header, build_index
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
-from surgery.writer import OutputFile, Publication
+from surgery.writer import OutputFile, Publication, is_one_file
 
 KEPT = "originals"
 KEPT_FILE = ".surgery/originals"
@@ -244,7 +244,7 @@ def publish(
     Returns:
         The record.
     """
-    single = os.fspath(out).endswith(".safetensors")
+    single = is_one_file(out)
     # A single file carries its record in its header, whose length must be known first: fingerprints have one length.
     draft = record(dict.fromkeys(tensors, PLACEHOLDER)) if single else None
     metadata = {METADATA_KEY: encode(draft).decode()} if draft else None

@@ -8,6 +8,7 @@ order, and gives the same bytes however it is run.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def lay_out(
     total = sum(file.size for file in files)
     jobs = _cut(tensors, list(split.values()), total)
     workers, peak = _fit(tensors, max(1, min(workers, len(jobs))), max_memory)
-    index = f"{_stem_of(files[0].name)}.safetensors.index.json" if len(files) > 1 else None
+    index = f"{_stem_of(files[0].name, stem)}.safetensors.index.json" if len(files) > 1 else None
     return Plan(tuple(files), jobs, specs, index, workers, peak, bytes_read, total, dict(counts or {}))
 
 
@@ -135,7 +136,7 @@ def _split(
             groups[kept.get(name, names[-1])].append(spec)
         if len(groups) == len(set(map(_weight_file, shards.values()))):
             return {name: sorted(members, key=_order) for name, members in groups.items()}
-        renumbered = safetensors.shard_names(_stem_of(names[0]), len(names))  # a whole shard was dropped
+        renumbered = safetensors.shard_names(_stem_of(names[0], stem), len(names))  # a whole shard was dropped
         return {new: sorted(groups[old], key=_order) for new, old in zip(renumbered, names, strict=True)}
     limit = limit or DEFAULT_SHARD
     runs: list[list[TensorSpec]] = [[]]
@@ -173,8 +174,10 @@ def _weight_file(name: str) -> str:
     return path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _stem_of(name: str) -> str:
-    return name.removesuffix(".safetensors").partition("-0")[0]
+def _stem_of(name: str, default: str) -> str:
+    """Return what a numbered shard's name begins with; ``default``, which loaders know, for any other name."""
+    numbered = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.safetensors", name)
+    return numbered[1] if numbered else default
 
 
 def _cut(tensors: Mapping[str, LazyTensor], split: Sequence[Sequence[TensorSpec]], total: int) -> tuple[Job, ...]:

@@ -44,12 +44,12 @@ class Table:
 def percent(share: float) -> str:
     """Write a share of one.
 
-    >>> percent(0.41234), percent(0.000123), percent(1.0)
-    ('41.2 %', '0.0123 %', '100 %')
+    >>> percent(0.41234), percent(0.000123), percent(1.0), percent(12.345)
+    ('41.2 %', '0.0123 %', '100 %', '1,234 %')
     """
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:,.0f} %" if share >= 9.995 else f"{100 * share:.3g} %"
 
 
 def join_shown(items: Sequence[str], limit: int = 3) -> str:

@@ -17,7 +17,7 @@ from surgery.tensor import TensorSpec
 # (role, pattern searched in the module's name). Order matters: fused before single, specific before general.
 _RULES: tuple[tuple[str, str], ...] = (
     ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm|[a-z]*layernorm)$"),
-    ("embedding", r"(?i)(^|\.)(wte|wpe|shared|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions))$"),
+    ("embedding", r"(?i)(^|\.)(wte|wpe|shared|(\w+_)?emb|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions))$"),
     ("head", r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls\.\w+(\.\w+)*|pooler(\.dense)?)$"),
     ("qkv", r"(^|\.)(c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj|attn_qkv)$"),
     ("gate_up", r"(^|\.)(gate_up_proj|dense_h_to_2h)$"),

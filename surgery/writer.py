@@ -31,6 +31,15 @@ RECOGNISED = ("surgery.json", "config.json", "adapter_config.json", "model_index
 """Files that mark a folder as a model or adapter, which ``--overwrite`` may replace."""
 
 
+def is_one_file(out: str | os.PathLike[str]) -> bool:
+    """Say whether an output is one file; anything else is a folder.
+
+    >>> is_one_file("merged.safetensors"), is_one_file("merged.safetensors/"), is_one_file("merged")
+    (True, False, False)
+    """
+    return os.fspath(out).endswith(".safetensors")
+
+
 class Publication:
     """One output in the making. Use as a context manager; nothing is published without :meth:`commit`."""
 
@@ -54,7 +63,7 @@ class Publication:
             raise UsageError("there is no such home", file=text)
         if not self.out.name:
             raise OutputError("a whole file system cannot be an output", file=text)
-        self.single = self.out.suffix == ".safetensors"
+        self.single = is_one_file(text)
         self.staging = self.out.with_name(f".{self.out.name}.surgery-tmp")
         self._old = self.out.with_name(f".{self.out.name}.surgery-old")
         self._lock = Lock(self.out.with_name(f".{self.out.name}.surgery-lock"), text)

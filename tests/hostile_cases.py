@@ -1162,6 +1162,23 @@ def _(here: Path) -> Commands:
     return [["merge", "tuned-model", "own-lora", "-o", "out"]]
 
 
+@refused(
+    "identity: an adapter on its own fine-tune under other names", MISMATCH, "bare-model", "own-lora", "proj.weight"
+)
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("convert", "tuned-model", "--rename", "model.=", "-o", "bare-model")
+    return [["merge", "bare-model", "own-lora", "-o", "out"]]
+
+
+@refused("identity: an unmerge from a bare base under other names", MISMATCH, "bare-model", "own-lora")
+def _(here: Path) -> Commands:
+    _extracted(here)
+    done("convert", "base-model", "--rename", "model.=", "-o", "bare-model")
+    (here / "bare-model" / "surgery.json").unlink()
+    return [["unmerge", "bare-model", "own-lora", "-o", "out"]]
+
+
 @refused("identity: an adapter merged twice", MISMATCH, "merged-model", "own-lora")
 def _(here: Path) -> Commands:
     _extracted(here)
@@ -1618,6 +1635,44 @@ def _(here: Path) -> Commands:
     folder = str(snapshot(here, _model_files()))
     adapter(here / "style-lora")
     return [["info", folder], ["merge", folder, "style-lora", "-o", "out"]]
+
+
+@refused("link: a cache's folder in place of a snapshot's", FORMAT, "models--org--name", "snapshots/0123abcd")
+def _(here: Path) -> Commands:
+    return _reading(str(snapshot(here, _model_files()).parent.parent))[:3]
+
+
+def _renamed(names: dict[str, str]) -> Callable[[Path], Commands]:
+    """Shard a model into files of other names, and read what is written of it."""
+
+    def make(here: Path) -> Commands:
+        folder = sharded(here / "base-model", lambda homes: homes.update({n: names[f] for n, f in homes.items()}))
+        for old, new in names.items():
+            if len(set(names.values())) == 1:
+                (folder / old).unlink()
+            else:
+                (folder / old).rename(folder / new)
+        if len(set(names.values())) == 1:
+            (folder / names[SHARDS[0]]).write_bytes(save_bytes(base_weights()))
+        adapter(here / "style-lora")
+        return [["convert", "base-model", "-o", "copy"], ["verify", "copy"], ["merge", "copy", "style-lora", "-o", "out"],
+                ["verify", "out"], ["diff", "base-model", "copy", "--exit-code"]]  # fmt: skip
+
+    return make
+
+
+def _indexed_as_loaders_know(here: Path, result: Result) -> None:
+    assert {path.name for path in (here / "out").glob("*.safetensors*")} == {
+        "weights_b.safetensors", "a-05-part.safetensors", INDEX,
+    }  # fmt: skip
+
+
+accepted("index: all tensors in one file, as MLX writes it", _merged_exactly("out"))(
+    _renamed(dict.fromkeys(SHARDS, "model.safetensors"))
+)
+accepted("index: shards whose names bear no numbers", _indexed_as_loaders_know)(
+    _renamed({SHARDS[0]: "weights_b.safetensors", SHARDS[1]: "a-05-part.safetensors"})
+)
 
 
 @accepted("adapter in a Hugging Face cache", _merged_exactly("out"))

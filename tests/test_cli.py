@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -99,6 +100,35 @@ def test_dry_runs_write_nothing(models, run):
     assert sorted(models.rglob("*")) == before
 
 
+def test_a_plan_counts_every_byte_that_is_read_and_written(models, run):
+    (models / "base" / "config.json").write_text("{}")
+    run("extract-lora", "base", "ft", "-o", "adapter", "-q")
+    for folder in ("base", "ft"):
+        (models / folder / "tokenizer.json").write_text("{" + 999 * " " + "}")
+    plan = json.loads(run("merge", "base", "adapter", "-o", "merged", "--dry-run", "--json")[1])
+    run("merge", "base", "adapter", "-o", "merged", "-q")
+    written = sum(path.stat().st_size for path in (models / "merged").rglob("*") if path.is_file())
+    assert plan["bytes_written"] == written - (models / "merged" / "surgery.json").stat().st_size
+    stored = {name: sum(value.nbytes for value in load_file(f"{name}.safetensors").values())
+              for name in ("base/model", "adapter/adapter_model")}  # fmt: skip
+    assert plan["bytes_read"] == sum(stored.values())
+
+
+def test_one_file_is_planned_and_reported_as_one(models, run):
+    run("convert", "base", "--max-shard-size", "2KB", "-o", "shards", "-q")
+    code, out, _ = run("convert", "shards", "-o", "one.safetensors", "--dry-run", "--json")
+    assert (code, list(json.loads(out)["files"])) == (0, ["model.safetensors"])
+    assert " in 1 file;" in run("convert", "shards", "-o", "one.safetensors")[1]
+    code, _, err = run("convert", "shards", "-o", "two.safetensors", "--max-shard-size", "1GB", "--dry-run")
+    assert (code, "no shards" in err) == (2, True)
+
+
+def test_a_name_that_ends_in_a_slash_is_a_folder_whatever_its_suffix(models, run):
+    assert run("convert", "base", "-o", "out.safetensors/")[0] == 0
+    assert {path.name for path in (models / "out.safetensors").iterdir()} == {"model.safetensors", "surgery.json"}
+    assert run("verify", "out.safetensors")[0] == 0
+
+
 def test_quiet_prints_one_line(models, run):
     assert run("extract-lora", "base", "ft", "-q") == (0, "./ft-lora-r8\n", "")
     assert run("merge", "base", "ft-lora-r8", "-o", "merged", "-q") == (0, "merged\n", "")
@@ -111,6 +141,23 @@ def test_exit_code_tells_whether_anything_differs(models, run):
     assert run("diff", "base", "ft", "--exit-code", "-q")[0] == 1
     assert run("diff", "base", "base", "--exit-code", "-q")[0] == 0
     assert run("diff", "base", "ft", "-q")[0] == 0
+
+
+def test_what_was_merged_by_a_map_of_names_is_unmerged_by_it(models, run):
+    base = load_file("base/model.safetensors")
+    (models / "disk").mkdir()
+    save_file({name.replace("q_proj", "query"): value for name, value in base.items()}, "disk/model.safetensors")
+    run("extract-lora", "base", "ft", "-o", "adapter", "-q")
+    names = {f"layers.{layer}.q_proj": f"layers.{layer}.query" for layer in range(2)}
+    (models / "map.json").write_text(json.dumps(names))
+    for command in (
+        ("merge", "disk", "adapter", "-o", "merged", "--name-map", "map.json", "-q"),
+        ("unmerge", "merged", "adapter", "-o", "restored", "--name-map", "map.json", "-q"),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    for name, value in load_file("restored/model.safetensors").items():
+        assert np.allclose(value, base[name.replace("query", "q_proj")], atol=1e-6)
 
 
 def test_negative_and_several_coefficients(models, run):
@@ -162,6 +209,20 @@ def test_an_internal_error_exits_70_and_asks_for_a_report(models, run, monkeypat
     assert "Traceback" not in err
 
 
+def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(models, run, monkeypatch):
+    def fail(*_arguments, **_options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'nonzero'") from None
+
+    monkeypatch.setattr("surgery.cli.info.info", fail)
+    code, out, err = run("info", "base")
+    assert (code, out) == (130, "")
+    assert err.strip() == "surgery: error: interrupted: nothing was published; the same command starts again"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_reader_that_goes_away_is_no_error(models):
     command = f"{sys.executable} -m surgery info base --tensors | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
@@ -178,6 +239,16 @@ def test_completion_scripts_are_offered():
         env={**os.environ, "_SURGERY_COMPLETE": "bash_source"},
     )
     assert "complete" in done.stdout
+
+
+def test_a_long_table_is_drawn_as_a_short_one(models, run, monkeypatch):
+    save_file({"模型.weight": np.ones((2, 3)), "b\n": np.ones(100)}, models / "wide.safetensors")
+    for arguments in (("info", "wide.safetensors", "--tensors"), ("diff", "base", "ft", "--by", "tensor")):
+        short = run(*arguments)
+        monkeypatch.setattr("surgery.cli.terminal.LONG_TABLE", 0)
+        assert run(*arguments) == short
+        monkeypatch.undo()
+        monkeypatch.chdir(models)
 
 
 def test_no_colour_codes_reach_a_pipe(models):

@@ -54,7 +54,7 @@ def imports(path: Path, *, top_only: bool = False) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_room_imports_only_from_rooms_below_it(path):
     room = room_of(path)
-    if room in ("__main__",):
+    if room == "__main__":
         return
     for name in imports(path):
         if not name.startswith("surgery."):

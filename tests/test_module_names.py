@@ -374,8 +374,9 @@ def test_importing_it_imports_neither_transformers_nor_torch():
 
 
 def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_path):
-    import surgery
     from peft import PeftModel
+
+    import surgery
 
     config = transformers.ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4

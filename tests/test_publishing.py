@@ -27,6 +27,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ class Tap:
     FULL_DISK = ("open to create", "mkdir", "write", "pwrite", "rewrite", "ftruncate", "posix_fallocate", "fsync",
                  "rename", "replace", "renameat2")  # fmt: skip
     """Calls that a full disk, or a quota, can fail."""
-    STRUCK = {
+    STRUCK: ClassVar = {
         "torn": {"write", "pwrite", "rewrite"},
         "ENOSPC": FULL_DISK,
         "EIO": {*CALLS, *FULL_DISK, "reopen"},

@@ -37,11 +37,14 @@ class Moments:
     """Σ δ²."""
     nonfinite: int = 0
     """Elements that are NaN or infinite on either side; they take no part in the sums."""
+    same: bool = True
+    """Whether all bits are the same: NaN equals itself, and −0 differs from 0."""
 
     def update(self, a: torch.Tensor, b: torch.Tensor, delta: torch.Tensor) -> None:
         """Add a block: float64, flat; ``delta`` is overwritten with ``b − a``."""
         torch.sub(b, a, out=delta)
         self.count += a.numel()
+        self.same = self.same and torch.equal(a.view(torch.int64), b.view(torch.int64))
         if not math.isfinite(float(delta.sum())):
             bad = ~(torch.isfinite(a) & torch.isfinite(b))
             self.nonfinite += int(bad.sum())

@@ -90,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminate)
+    _interrupts.clear()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has us ignore it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         code = surgery.main(list(arguments), prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
@@ -101,11 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug and not isinstance(error, click.exceptions.Exit):
             traceback.print_exc()
         code = _report(error)
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _report(error: BaseException) -> int:
     """Print one line about an error and return its exit code."""
+    if _interrupts and not isinstance(error, SurgeryError | KeyboardInterrupt | click.Abort):
+        error = KeyboardInterrupt()  # a library that was being imported made another error of it
     if isinstance(error, SurgeryError):
         return _say(str(error), error.exit_code)
     if isinstance(error, click.exceptions.Exit):
@@ -132,6 +140,15 @@ def _report(error: BaseException) -> int:
 def _say(line: str, code: int) -> int:
     click.echo(f"surgery: error: {printable(line)}", err=True)
     return code
+
+
+_interrupts: list[int] = []
+"""The interrupts that this run has had."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

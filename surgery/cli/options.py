@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 
 import click
 
+from surgery.errors import FormatError, UsageError
+from surgery.formats.safetensors import strict_object
+from surgery.sources import local
 from surgery.tensor import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +37,22 @@ class Size(click.ParamType[int]):
         if size < 1:
             self.fail(f"{value!r} is not a size like 5GB or 500MB", param, ctx)
         return size
+
+
+class NameMap(click.ParamType[dict[str, str]]):
+    """A JSON file of names in an adapter → names in a checkpoint."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, str]:
+        """Read the file."""
+        try:
+            document = strict_object(local.read_small(local.resolve(value)))
+        except FormatError as error:
+            raise UsageError(f"--name-map: {error.what}", file=value) from None
+        if not all(isinstance(name, str) for name in document.values()):
+            raise UsageError("--name-map must be a JSON object of names", file=value)
+        return document
 
 
 def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -72,5 +91,7 @@ resources = _stack(jobs, max_memory)
 
 sharding = click.option("--max-shard-size", type=Size(), help="As 5GB; the input's own files are kept by default.")
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Let NaN, Inf and overflow through.")
+name_map = click.option("--name-map", type=NameMap(), metavar="FILE",
+                        help="JSON: names in the adapter → names in the checkpoint.")  # fmt: skip
 rename = click.option("--rename", multiple=True, metavar="OLD=NEW",
                       help="Rename a tensor, or a prefix that ends at a dot; repeatable.")  # fmt: skip

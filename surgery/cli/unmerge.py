@@ -13,13 +13,14 @@ from surgery.cli.writing import write
 @click.argument("adapter", type=click.Path())
 @click.option("--base", type=click.Path(), help="The checkpoint before the merge: makes the result exact.")
 @click.option("--coeff", type=float, metavar="C", help="The coefficient it was merged with; the record's, or 1.")
+@options.name_map
 @options.writing
 @options.sharding
 @options.resources
 @options.progress
 @options.common
 def command(
-    merged: str, adapter: str, base: str | None, coeff: float | None, out: str, overwrite: bool, dry_run: bool,
+    merged: str, adapter: str, base: str | None, coeff: float | None, name_map: dict[str, str] | None, out: str, overwrite: bool, dry_run: bool,
     max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool,
     progress: str,
 ) -> None:  # fmt: skip
@@ -34,6 +35,6 @@ def command(
     """
     from surgery.operations.unmerge import unmerge  # brings torch, which --help must not pay for
 
-    restored = unmerge(merged, adapter, base=base, coeff=coeff)
+    restored = unmerge(merged, adapter, base=base, coeff=coeff, name_map=name_map)
     write(restored, out, "unmerge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress)  # fmt: skip

@@ -27,7 +27,7 @@ def write(
     progress: str,
 ) -> None:
     """Save a lazy checkpoint and report, or print its plan."""
-    plan = checkpoint.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+    plan = checkpoint.plan(out, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
     if dry_run:
         terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
         return
@@ -37,20 +37,19 @@ def write(
         progress=terminal.watcher(progress, quiet=quiet, what=verb),
     )  # fmt: skip
     seconds = time.monotonic() - began
+    nbytes = sum(file.size for file in plan.files)
     if as_json:
         head = {key: value for key, value in record.items() if key not in ("schema", "tensors")}
-        terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": plan.bytes_written,
+        terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": nbytes,
                            "seconds": round(seconds, 3), "notes": checkpoint.notes, **head})  # fmt: skip
     elif quiet:
         click.echo(printable(out))
     else:
         done = ", ".join(f"{count:,} {kind}" for kind, count in plan.counts.items() if count)
         files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
-        click.echo(
-            f"wrote {printable(out)} ({human_bytes(plan.bytes_written)} in {files}; tensors: {done}) in {seconds:.1f} s"
-        )
+        click.echo(f"wrote {printable(out)} ({human_bytes(nbytes)} in {files}; tensors: {done}) in {seconds:.1f} s")
         restored = record.get("restored")
-        if restored:
+        if restored and restored["proven_exact"]:  # none where no record says what the base was
             click.echo(
                 f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
             )

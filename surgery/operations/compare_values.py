@@ -115,8 +115,7 @@ def _sketch(name: str, delta: torch.Tensor) -> TruncatedSVD:
 
 def _row(name: str, before: TensorSpec, after: TensorSpec, moments: Moments) -> Callable[..., DiffRow]:
     """Begin a row: what is left to say is passed to the function returned."""
-    same = not moments.changed and not moments.nonfinite
-    status = "recast" if before.dtype != after.dtype else "identical" if same else "changed"
+    status = "recast" if before.dtype != after.dtype else "identical" if moments.same else "changed"
 
     def finish(**more: Any) -> DiffRow:
         return DiffRow(

@@ -7,6 +7,8 @@ This module imports no torch: comparing headers alone must stay as cheap as read
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,7 @@ from surgery.errors import MismatchError
 from surgery.execute import Progress
 from surgery.names import Alignment, align, parse_patterns, parse_renames, select
 from surgery.report import Table, percent
-from surgery.roles import layer_of, role_of
+from surgery.roles import ROLES, layer_of, role_of
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, renamed
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -24,6 +26,9 @@ LOW_RANK_SHARE = 0.99
 """A delta is called low-rank when a rank of at most 128 holds this share of ‖Δ‖²."""
 UNRELATED_COSINE = 0.5
 """Below this cosine between all weights of two models, one is not a fine-tune of the other."""
+ROUNDING = 2.0**-22
+"""A tensor that moved by no larger share of its norm differs by float32's rounding, not by training."""
+_PLURALS = {"bias": "biases", "norm": "norms", "embedding": "embeddings", "head": "the head"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,19 @@ class DiffRow:
         return self.status not in ("identical", "present")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form that a change could be shipped in."""
+
+    name: str
+    nbytes: int
+    error: float
+    """‖Δ − what the form holds‖ / ‖Δ‖."""
+    command: str
+    """What makes it, as the two checkpoints were called."""
+
+
+@dataclass(frozen=True, repr=False)
 class DiffReport:
     """All differences between two checkpoints."""
 
@@ -73,6 +90,14 @@ class DiffReport:
     values_compared: bool
     notes: tuple[str, ...] = ()
     b_bytes: int = 0
+    copying: str = ""
+    """The command that copies B."""
+    extracting: Callable[[int | None], str] = lambda _rank: ""
+    """Composes the command that extracts an adapter of a rank, or of the default rank."""
+
+    def __repr__(self) -> str:
+        """Say the verdict: the rows may be thousands."""
+        return f"<DiffReport {self.a!r} → {self.b!r}: {self.verdict()}, {len(self.rows)} tensors>"
 
     @property
     def identical(self) -> bool:
@@ -106,21 +131,32 @@ class DiffReport:
             {row.status for row in self.rows if row.status in ("added", "removed", "reshaped", "recast")}
         )
         suffix = f" (and tensors {', '.join(structure)})" if structure else ""
+        unmeasured = self._unmeasured()
         if not self.values_compared:
             return ("different layout" if structure else "same layout") + f": values were not compared{suffix}"
+        if not changed and unmeasured:
+            return f"only {unmeasured}" + suffix
         if not changed:
             return "identical values" + suffix if structure else "identical"
+        suffix += f" (and {unmeasured})" if unmeasured else ""
         roles = {row.role for row in changed}
+        if all(row.after and row.after.dtype in ("F32", "F64") and row.relative_norm <= ROUNDING for row in changed):
+            return "equal to float32 rounding" + suffix
         if roles <= {"bias", "norm"}:
-            return "only " + " and ".join({"bias": "biases", "norm": "norms"}[role] for role in sorted(roles)) + suffix
+            return _only(roles) + suffix
         if self.cosine < UNRELATED_COSINE:
-            return f"unrelated (cosine {self.cosine:.2f})" + suffix
+            return f"unrelated (cosine {round(self.cosine, 2) + 0.0:.2f})" + suffix
         rank = self._low_rank()
         if rank is not None:
             return f"low-rank (rank {rank} holds {percent(self._matrix_share(rank))} of the matrices' ‖Δ‖²)" + suffix
         if roles <= {"embedding", "head"}:
-            return "only embeddings" + suffix
+            return _only(roles) + suffix
         return "dense" + suffix
+
+    def _unmeasured(self) -> str:
+        """Name the changes that no norm measures."""
+        rows = [row for row in self.rows if row.status == "changed" and (row.nonfinite or not row.energy)]
+        return ", ".join(sorted({_unmeasured_kind(row) for row in rows}))
 
     def _matrices(self) -> list[DiffRow]:
         return [row for row in self.rows if row.kept]
@@ -136,19 +172,33 @@ class DiffReport:
         ranks = [rank for rank in RANKS if rank <= narrow // 4 and self._matrix_share(rank) >= LOW_RANK_SHARE]
         return min(ranks, default=None)
 
+    def forms(self) -> list[Form]:
+        """Compare the forms that the change could be shipped in: all of B, or an adapter at each of :data:`RANKS`."""
+        forms = [Form("full copy", self.b_bytes, 0.0, self.copying)]
+        if not self.values_compared or not self.energy:
+            return forms
+        if self._matrices():
+            return forms + [self._adapter(f"LoRA rank {rank}", rank) for rank in RANKS]
+        if any(row.energy and row.after and is_matrix(row.after) for row in self.rows):
+            return forms  # no sketch was asked for
+        # Without matrices nothing is factored, and the rank does not matter: the adapter holds biases, norms and rows.
+        adapter = self._adapter("adapter", None)
+        return [*forms, adapter] if adapter.nbytes else forms
+
     def ship_it_as(self) -> Table:
-        """Compare the forms that the change could be shipped in."""
-        lines = [("full copy", human_bytes(self.b_bytes), "0", f"cp -r {self.b} OUT")]
-        if self.values_compared and self._matrices() and self.energy:
-            lines += [self._lora_line(rank) for rank in RANKS]
+        """Show :meth:`forms`."""
+        lines = [
+            (form.name, human_bytes(form.nbytes), f"{form.error:.3f}" if form.error else "0", form.command)
+            for form in self.forms()
+        ]
         return Table("Ship it as", ("form", "bytes", "rel. error", "command"), tuple(lines))
 
-    def _lora_line(self, rank: int) -> tuple[str, str, str, str]:
+    def _adapter(self, name: str, rank: int | None) -> Form:
         nbytes, lost = 0, 0.0
         for row in self.rows:
             if row.after is None or not row.energy:
                 continue
-            if row.kept:
+            if row.kept and rank is not None:
                 nbytes += row.after.itemsize * min(rank, *row.after.shape) * sum(row.after.shape)
                 lost += row.energy * (1 - row.kept[rank])
             elif row.trained_rows is not None and row.trained_rows <= max(row.after.shape[0] // 4, 64):
@@ -158,9 +208,7 @@ class DiffReport:
                 nbytes += row.after.nbytes
             else:
                 lost += row.energy
-        error = math.sqrt(max(lost, 0.0) / self.energy)
-        command = f"surgery extract-lora {self.a} {self.b} --rank {rank}"
-        return f"LoRA rank {rank}", human_bytes(nbytes), f"{error:.3f}", command
+        return Form(name, nbytes, math.sqrt(max(lost, 0.0) / self.energy), self.extracting(rank))
 
     def table(self, by: str = "kind") -> Table:
         """Summarise the changes.
@@ -176,7 +224,7 @@ class DiffReport:
             "group": lambda row: f"{row.layer or '-'} {row.role}",
         }
         groups: dict[str, list[DiffRow]] = {}
-        for row in self.rows:
+        for row in sorted(self.rows, key=lambda row: ROLES.index(row.role)) if by == "kind" else self.rows:
             groups.setdefault(keys[by](row), []).append(row)
         columns = (
             "weights",
@@ -240,12 +288,23 @@ class DiffReport:
             "notes": list(self.notes),
             "tensors": [_row_document(row) for row in self.rows],
             "ship_it_as": [
-                dict(zip(("form", "bytes", "error", "command"), r, strict=True)) for r in self.ship_it_as().rows
+                {"form": form.name, "bytes": form.nbytes, "error": form.error, "command": form.command}
+                for form in self.forms()
             ],
         }
 
     def _repr_html_(self) -> str:
         return f"<p>{self.verdict()}</p>" + self.table().html() + self.ship_it_as().html()
+
+
+def _unmeasured_kind(row: DiffRow) -> str:
+    if row.nonfinite:
+        return "NaN or Inf"
+    return "signs of zeros" if row.after and row.after.dtype in ARITHMETIC else "integers, booleans or codes"
+
+
+def _only(roles: set[str]) -> str:
+    return "only " + " and ".join(_PLURALS[role] for role in sorted(roles))
 
 
 def _row_document(row: DiffRow) -> dict[str, Any]:
@@ -279,6 +338,8 @@ class Comparison:
     notes: tuple[str, ...]
     spectrum: bool
     jobs: int
+    copying: str
+    extracting: Callable[[int | None], str]
 
     @property
     def bytes_read(self) -> int:
@@ -317,7 +378,10 @@ class Comparison:
     def _report(self, rows: Iterable[DiffRow], *, values_compared: bool) -> DiffReport:
         order = {name: number for number, name in enumerate(self.a.tensors)}
         ordered = sorted(rows, key=lambda row: (order.get(row.name, len(order)), row.name))
-        return DiffReport(self.a.label, self.b.label, tuple(ordered), values_compared, self.notes, self.b.nbytes)
+        return DiffReport(
+            self.a.label, self.b.label, tuple(ordered), values_compared, self.notes, self.b.nbytes, self.copying,
+            self.extracting,
+        )  # fmt: skip
 
 
 def is_matrix(spec: TensorSpec) -> bool:
@@ -400,4 +464,38 @@ def plan_diff(
             DiffRow(name, role_of(spec), layer_of(name), status, old.spec if old else None, new.spec if new else None)
         )
     notes = (*before.notes, *after.notes, *alignment.notes)
-    return Comparison(before, after, pairs, rows, notes, spectrum, jobs or default_jobs())
+    return Comparison(
+        before,
+        after,
+        pairs,
+        rows,
+        notes,
+        spectrum,
+        jobs or default_jobs(),
+        _copying(b),
+        _extracting(a, b, rename, target),
+    )
+
+
+def _copying(b: Source) -> str:
+    if isinstance(b, str | os.PathLike):
+        return f"cp -r {_typed(b)} OUT"
+    return 'surgery.open(b).save("OUT")'
+
+
+def _extracting(a: Source, b: Source, rename: Sequence[str], target: Sequence[str]) -> Callable[[int | None], str]:
+    """Compose commands that can be pasted: in a shell where both are on disk, in Python where one is in memory."""
+    if not (isinstance(a, str | os.PathLike) and isinstance(b, str | os.PathLike)):
+        more = "".join(f", {name}={list(given)!r}" for name, given in (("rename", rename), ("target", target)) if given)
+        return lambda rank: f"surgery.extract_lora(a, b{'' if rank is None else f', rank={rank}'}{more})"
+    options = [
+        f"--{name} {shlex.quote(text)}" for name, given in (("rename", rename), ("target", target)) for text in given
+    ]
+    tail = "".join(f" {option}" for option in options)
+    return lambda rank: f"surgery extract-lora {_typed(a)} {_typed(b)}{'' if rank is None else f' --rank {rank}'}{tail}"
+
+
+def _typed(path: str | os.PathLike[str]) -> str:
+    """Spell a path as a shell needs it; ``~`` stays what it was."""
+    text = os.fspath(path)
+    return "~/" + shlex.quote(text[2:]) if text.startswith("~/") else shlex.quote(text)

@@ -19,7 +19,7 @@ _CONFIG_FACTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Info:
     """Facts about a checkpoint."""
 
@@ -29,6 +29,11 @@ class Info:
     """Weight file → number of tensors in it."""
     config: Mapping[str, Any] | None
     notes: Sequence[str]
+
+    def __repr__(self) -> str:
+        """Name it and say how large it is: the tensors may be thousands."""
+        size = f"{len(self.specs)} tensors, {human_count(self.parameters)} parameters, {human_bytes(self.nbytes)}"
+        return f"<Info {self.label!r}: {size}>"
 
     @property
     def rows(self) -> tuple[TensorSpec, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from surgery import provenance
-from surgery.adapter import Adapter, Binding, bind, is_adapter, open_adapter
+from surgery.adapter import Adapter, Binding, bind, expected_base, is_adapter, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
@@ -84,7 +84,14 @@ def merge(
         config=config,
         side_files=checkpoint.side_files,
         notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
-        origin=Origin(work.record, kept=work.originals(), counts=counts, history=work.future(), files=files),
+        origin=Origin(
+            work.record,
+            kept=work.originals(),
+            counts=counts,
+            history=work.future(),
+            files=files,
+            read=sum(adapter.nbytes for adapter in opened),
+        ),
     )
 
 
@@ -274,14 +281,13 @@ class Work:
         if self._allow_base_mismatch:
             return
         for adapter in self.adapters:
+            expected = expected_base(adapter, self.base)
             wrong = [
-                name for name, value in adapter.taken_from.items()
-                if name in before and value not in (before[name], self.history.base_prints.get(name))
+                name for name, value in expected.items() if value not in (before[name], self.history.base_prints.get(name))
             ]  # fmt: skip
             if wrong:
                 raise MismatchError(
-                    f"is not the tensor that {adapter.label} was taken from ({len(wrong)} of "
-                    f"{len(adapter.taken_from)} differ)",
+                    f"is not the tensor that {adapter.label} was taken from ({len(wrong)} of {len(expected)} differ)",
                     file=self.base.label,
                     tensor=wrong[0],
                     mend="use the adapter's own base, or pass --allow-base-mismatch",

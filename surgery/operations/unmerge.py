@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery import provenance
-from surgery.adapter import Adapter, Binding, bind, open_adapter
+from surgery.adapter import Adapter, Binding, bind, expected_base, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Dense, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError
@@ -87,6 +87,7 @@ def unmerge(
         origin=Origin(
             lambda prints: work.record(prints, adapters), kept=kept, history=future,
             counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
+            read=opened.nbytes,
         ),
     )  # fmt: skip
 
@@ -107,9 +108,10 @@ def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[st
 
 def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> None:
     """Without a record, refuse where what the adapter changes is still what it says it was taken from."""
-    known = sorted(binding.updates.keys() & adapter.taken_from.keys(), key=lambda n: checkpoint.tensors[n].spec.nbytes)
+    expected = expected_base(adapter, checkpoint)
+    known = sorted(binding.updates.keys() & expected.keys(), key=lambda name: checkpoint.tensors[name].spec.nbytes)
     wanted = [name for name in known if len(checkpoint.tensors[name].spec.shape) >= 2][:3]
-    if wanted and all(provenance.fingerprint(checkpoint.tensors[n]) == adapter.taken_from[n] for n in wanted):
+    if wanted and all(provenance.fingerprint(checkpoint.tensors[n]) == expected[n] for n in wanted):
         raise MismatchError(
             f"is what {adapter.label} was taken from: nothing is merged into it",
             file=checkpoint.label,

@@ -127,6 +127,11 @@ def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) ->
         return
     weight_map = _read_index(_inside(folder, index, follow_links))
     shards = sorted(set(weight_map.values()))
+    twins = [name for name in singles if name not in shards and name.partition(".")[0] == index.partition(".")[0]]
+    if twins:
+        raise MismatchError(
+            f"holds two weight sets, {twins[0]} and {index}", file=folder, mend="remove one, or pass the file"
+        )
     missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
     if missing:
         raise FormatError(
@@ -140,7 +145,7 @@ def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) ->
 
 
 def _weight_set(folder: Path, members: list[str], *, adapter: bool, notes: list[str]) -> tuple[str | None, list[str]]:
-    """Choose the one weight set of a folder: an index, or files without one."""
+    """Choose the one weight set of a folder: an index and the files that are no numbered shards, or files without one."""
 
     def wanted(name: str) -> bool:
         return name.startswith(ADAPTER_STEMS) == adapter and not name.startswith(
@@ -162,6 +167,8 @@ def _weight_set(folder: Path, members: list[str], *, adapter: bool, notes: list[
     kind = "adapter" if adapter else "model"
     found = f"it holds {', '.join(members[:6])}" if members else "the folder is empty"
     mend = "an adapter is passed after the base" if not adapter and "adapter_config.json" in members else None
+    if commits := sorted(path.name for path in folder.glob("snapshots/*") if path.is_dir()):
+        mend = f"pass a snapshot in it: {', '.join(f'snapshots/{commit}' for commit in commits[:3])}"
     raise FormatError(f"holds no {kind} weights (*.safetensors, *.bin); {found}", file=folder, mend=mend)
 
 
@@ -171,13 +178,7 @@ def _one_set(folder: Path, files: list[str], indexes: list[str]) -> tuple[str | 
     if len(indexes) > 1:
         raise MismatchError(f"holds several weight sets: {', '.join(indexes)}", file=folder, mend="pass one file")
     if indexes:
-        stem = indexes[0].partition(".")[0]
-        twins = [name for name in singles if name.partition(".")[0] == stem]
-        if twins:
-            raise MismatchError(
-                f"holds two weight sets, {twins[0]} and {indexes[0]}", file=folder, mend="remove one, or pass the file"
-            )
-        return indexes[0], []
+        return indexes[0], singles
     if numbered and not singles:
         _check_numbering(folder, numbered)
         return None, numbered
