@@ -97,7 +97,7 @@ def truncated_svd(
     tolerance: float = 1e-3,
     exact: bool = False,
     energy: float | None = None,
-    costs: Costs = Costs(),  # noqa: B008  (frozen)
+    costs: Costs = Costs(),
 ) -> TruncatedSVD:
     """Compute the leading ``rank`` singular triplets of ``delta``, and prove how near the optimum they are.
 

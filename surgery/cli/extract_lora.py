@@ -16,7 +16,7 @@ from surgery.tensor import human_bytes
 if TYPE_CHECKING:
     from surgery.adapter import Adapter
     from surgery.execute import Progress
-    from surgery.operations.extract_lora import Extraction
+    from surgery.operations.extraction_plan import Extraction
 
 
 class Rank(click.ParamType[int | str]):
@@ -76,6 +76,7 @@ class Rank(click.ParamType[int | str]):
               help="Trained rows, or low rank where all moved; whole; or not at all.")  # fmt: skip
 @click.option("--for", "server", type=click.Choice(list(SERVERS)), default="peft", show_default=True,
               help="Write what this one loads, and say what had to be left out.")  # fmt: skip
+@click.option("--dora", is_flag=True, help="Fit DoRA: magnitudes and directions.")
 @click.option("--tol", "tolerance", type=float, default=1e-3, show_default=True,
               help="Certified relative excess of each error over the best possible.")  # fmt: skip
 @click.option("--exact", is_flag=True, help="Factor with LAPACK's SVD.")

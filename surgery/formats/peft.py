@@ -475,6 +475,7 @@ def lora_config(
     modules_to_save: Sequence[str] = (),
     fan_in_fan_out: bool = False,
     token_indices: Mapping[str, Sequence[int]] | None = None,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """Compose ``adapter_config.json`` of an extracted adapter.
 
@@ -507,7 +508,7 @@ def lora_config(
         "trainable_token_indices": {name: list(rows) for name, rows in token_indices.items()}
         if token_indices
         else None,
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": False,
     }
 

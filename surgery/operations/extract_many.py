@@ -13,8 +13,9 @@ from surgery import execute
 from surgery.adapter import Adapter
 from surgery.checkpoint import Source, open_checkpoint
 from surgery.errors import SurgeryError, UsageError
-from surgery.operations.extract_lora import Extraction, plan_extraction, stem_of
-from surgery.operations.extraction_run import Run, in_parallel, largest_first
+from surgery.operations.extract_lora import plan_extraction, stem_of
+from surgery.operations.extraction_measure import Measurement, in_parallel, largest_first
+from surgery.operations.extraction_run import compose
 from surgery.provenance import Held
 
 
@@ -31,7 +32,7 @@ class Outcome:
 @dataclass
 class _Task:
     outcome: Outcome
-    run: Run | None = None
+    run: Measurement | None = None
 
 
 def extract_many(
@@ -89,14 +90,14 @@ def _plan(base: Source, source: Any, out: Path, overwrite: bool, options: dict[s
     except SurgeryError as error:
         outcome.error = error
         return _Task(outcome)
-    return _Task(outcome, Run(plan))
+    return _Task(outcome, Measurement(plan))
 
 
 def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
     """Go through the base once; whoever fails on the way is left behind."""
     if not tasks:
         return
-    plans: list[Extraction] = [task.run.plan for task in tasks if task.run]
+    plans = [task.run.plan for task in tasks if task.run]
     base = plans[0].base
     wanted_by = {id(task.run): set(task.run.plan.names) for task in tasks if task.run}
     wanted = set().union(*wanted_by.values())
@@ -128,7 +129,7 @@ def _write(task: _Task, overwrite: bool) -> None:
     if task.run is None:
         return
     try:
-        adapter = task.run.compose()
+        adapter = compose(task.run)
         adapter.save(task.outcome.out, overwrite=overwrite)
     except SurgeryError as error:
         task.outcome.error = error

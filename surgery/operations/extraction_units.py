@@ -112,7 +112,8 @@ class Factors:
         residual: ``‖Δ − BA‖²`` of all of them, as rounded.
         excess: certified relative excess of the error at ``depth`` over the best possible.
         noise_rank: components above the floor of the fine-tune's rounding, where that was asked for.
-        certain: whether ``noise_rank`` can be told for sure.
+        doubt: why ``noise_rank`` is not certain; empty where it is.
+        magnitude: DoRA's ``(out,)``, in the spool.
     """
 
     unit: Unit
@@ -124,7 +125,8 @@ class Factors:
     residual: float
     excess: float
     noise_rank: int | None = None
-    certain: bool = True
+    doubt: str = ""
+    magnitude: LazyTensor | None = None
 
     @property
     def depth(self) -> int:

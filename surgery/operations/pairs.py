@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from surgery import numerics, provenance
+from surgery.algorithms.noise import RoundingNoise
 from surgery.errors import NumericError
 from surgery.roles import role_of
 from surgery.tensor import LazyTensor
@@ -42,25 +43,30 @@ class Pair:
         """Bytes of both."""
         return self.base.spec.nbytes + self.tuned.spec.nbytes
 
-    def blocks(self, out: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def blocks(
+        self, out: torch.Tensor | None = None, noises: Sequence[RoundingNoise] = ()
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (start, W, ΔW), flat: whole rows, valid until the next.
 
         Args:
             out: where ΔW goes, whole: flat, float32. By default each block of it is forgotten.
+            noises: told of the fine-tune's rows: one for each of the equal matrices that the tensor consists of.
 
         Raises:
             NumericError: a value is NaN or infinite, or a difference overflows.
         """
         spec, energies = self.spec, []
         wide = torch.float64 if "F64" in (self.base.spec.dtype, self.tuned.spec.dtype) else torch.float32
-        unit = math.lcm(self.base.unit, self.tuned.unit, max(spec.shape[-1], 1) if spec.shape else 1)
+        unit = math.lcm(self.base.unit, self.tuned.unit, _width(spec.shape, noises))
         step = max(BLOCK // unit, 1) * unit
         for start in range(0, spec.numel, step):
             stop = min(start + step, spec.numel)
             old = numerics.widen(self.base, start, stop, numerics.scratch("old", stop - start, wide))
             direct = out is not None and wide == torch.float32
             place = out[start:stop] if direct and out is not None else numerics.scratch("delta", stop - start, wide)
-            delta = numerics.widen(self.tuned, start, stop, place).sub_(old)
+            delta = numerics.widen(self.tuned, start, stop, place)
+            _tell(noises, delta, start)
+            delta.sub_(old)
             self._check(old, delta)
             energies.append(numerics.squared_norm(old))
             if out is not None and not direct:
@@ -84,9 +90,28 @@ class Pair:
         """Return ‖ΔW‖²."""
         return math.fsum(numerics.squared_norm(delta) for _, _, delta in self.blocks())
 
-    def delta(self) -> torch.Tensor:
-        """Return ΔW whole, in float32 and its own shape: valid until this thread's next."""
+    def delta(self, *noises: RoundingNoise) -> torch.Tensor:
+        """Return ΔW whole, in float32 and its own shape: valid until this thread's next; see :meth:`blocks`."""
         flat = numerics.scratch("whole delta", self.spec.numel, torch.float32)
-        for _ in self.blocks(flat):
+        for _ in self.blocks(flat, noises):
             pass
         return flat.view(self.spec.shape)
+
+
+def _width(shape: tuple[int, ...], noises: Sequence[RoundingNoise]) -> int:
+    """Elements that belong together: a row of the tensor, or of the matrices that it is taken for."""
+    return noises[0].shape[1] if noises else max(shape[-1], 1) if shape else 1
+
+
+def _tell(noises: Sequence[RoundingNoise], tuned: torch.Tensor, start: int) -> None:
+    """Give each matrix's noise the rows of it that are in a block."""
+    if not noises:
+        return
+    height, width = noises[0].shape
+    rows = tuned.view(-1, width)
+    done, first = 0, start // width
+    while done < len(rows):
+        number, row = divmod(first + done, height)
+        count = min(height - row, len(rows) - done)
+        noises[number].update(rows[done : done + count].to(torch.float64, copy=True))
+        done += count

@@ -1,0 +1,138 @@
+"""Choosing: the rule sees all spectra, and what it used up is measured deeper until the choice stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from surgery.algorithms.ranks import Spectrum
+from surgery.errors import MismatchError
+from surgery.formats import peft, safetensors, servers
+from surgery.operations.extraction_layout import kept_in_full
+from surgery.operations.extraction_measure import Measurement
+from surgery.operations.extraction_units import Unit
+from surgery.report import join_shown
+from surgery.tensor import TensorSpec, human_bytes
+
+
+class Choice:
+    """The rank of every unit, by its weight's name; none for what is left out."""
+
+    def __init__(self, measured: Measurement) -> None:
+        self.measured = measured
+        self.plan = measured.plan
+        self.found = measured.found
+
+    def ranks(self) -> dict[str, int]:
+        """Choose, deepening spectra that the rule used up.
+
+        Raises:
+            MismatchError: the budget is too small for what is no factor.
+        """
+        while True:
+            groups = self._groups()
+            spectra = [self._spectrum(group) for group in groups]
+            chosen = self._choose(groups, spectra)
+            short = [g for g, s, rank in zip(groups, spectra, chosen, strict=True) if s.open_at(rank)]
+            if not short:
+                break
+            self.measured.deepen({unit: 2 * self._depth(unit) for group in short for unit in group})
+        ranks = {
+            unit.name: rank if len(group) > 1 else min(rank, unit.limit)
+            for group, rank in zip(groups, chosen, strict=True) if rank
+            for unit in group
+        }  # fmt: skip
+        self._note_floors()
+        return self._evened(ranks) if self.plan.rule.portable and ranks else ranks
+
+    def _note_floors(self) -> None:
+        if not self.plan.rule.noise_floor:
+            return
+        unsure = {name: f.factors.doubt for name, f in self.found.items() if f.factors and f.factors.doubt}
+        if unsure:
+            example = next(iter(unsure))
+            self.plan.notes.append(
+                f"the noise floor is uncertain for {len(unsure)} weights, as for {example}: {unsure[example]}"
+            )
+
+    def _evened(self, ranks: dict[str, int]) -> dict[str, int]:
+        """Give all modules one rank, and those zeros that the server cannot do without."""
+        plan, server = self.plan, self.plan.settings.server
+        rank = servers.one_rank(ranks.values(), server)
+        if not plan.rule.noise_floor:  # what would be padded with zeros may as well be more of the delta
+            self.measured.deepen({self.measured.factors(name).unit: rank for name in ranks})
+        weights = {plan.module(name): name for name in plan.base.tensors if name.endswith(".weight")}
+        partners = servers.missing_partners(server, [plan.module(name) for name in ranks], weights)
+        title, option = servers.server_named(server).title, servers.start_with(server, rank)
+        if option:
+            plan.notes.append(f"{title} must be started with {option}")
+        if partners:
+            plan.notes.append(f"{title} needs them too, so they have factors of zeros: {join_shown(partners)}")
+        return dict.fromkeys([*ranks, *(weights[module] for module in partners)], rank)
+
+    def _groups(self) -> list[list[Unit]]:
+        """Collect the units that moved, by group; of a group that moved at all, every member."""
+        groups: dict[str, list[Unit]] = {}
+        for found in self.found.values():
+            if found.factors is not None:
+                unit = found.factors.unit
+                groups.setdefault(unit.group or unit.name, []).append(unit)
+        return [units for units in groups.values() if any(self.found[unit.name].row.energy for unit in units)]
+
+    def _depth(self, unit: Unit) -> int:
+        return self.measured.factors(unit.name).depth
+
+    def _spectrum(self, group: Sequence[Unit]) -> Spectrum:
+        members = [self.measured.factors(unit.name) for unit in group]
+        known = min((f.depth for f in members if f.depth < f.unit.limit), default=max(f.depth for f in members))
+        squares = np.zeros(known)
+        for factors in members:
+            part = factors.squares[:known]
+            squares[: len(part)] += part
+        limit = max(unit.limit for unit in group)
+        floors = [f.noise_rank for f in members if f.noise_rank is not None]
+        if floors and max(floors) < known:  # the edge of the noise was found
+            limit = max(floors)
+            squares = squares[:limit]
+        item = TensorSpec("", self.plan.dtype, ()).itemsize
+        cost = item * sum(unit.cost for unit in group)
+        return self.plan.rule.spectrum(squares, math.fsum(f.energy for f in members), cost, limit)
+
+    def _choose(self, groups: Sequence[Sequence[Unit]], spectra: Sequence[Spectrum]) -> list[int]:
+        rule = self.plan.rule
+        energy = math.fsum(found.row.energy for found in self.found.values())
+        fixed = math.fsum(found.row.residual for found in self.found.values() if found.factors is None)
+        if rule.budget is None:
+            return rule.choose(spectra, fixed=fixed, energy=energy)
+        room = rule.budget - self._bytes_at(groups, [0] * len(groups))
+        if room <= 0 and spectra:
+            raise MismatchError(
+                f"biases, norms and trained rows alone take {human_bytes(rule.budget - room)} of the budget's "
+                f"{human_bytes(rule.budget)}",
+                file=self.plan.tuned_label,
+                mend="raise --budget, or --exclude some",
+            )
+        while room > 0:
+            ranks = rule.choose(spectra, budget=room, energy=energy)
+            over = self._bytes_at(groups, ranks) - rule.budget
+            if over <= 0:
+                return ranks
+            room -= over  # the header, which grows with the number of tensors
+        return [0] * len(spectra)
+
+    def _bytes_at(self, groups: Sequence[Sequence[Unit]], ranks: Sequence[int]) -> int:
+        """Size of the weights file at these ranks, header included."""
+        plan = self.plan
+        specs = [tensor.spec for tensor in self.measured.rows.values()]
+        for group, rank in zip(groups, ranks, strict=True):
+            for unit in group if rank else ():
+                for suffix, side in zip(unit.suffixes, unit.matrix, strict=True):
+                    key = f"{peft.PREFIX}{plan.module(unit.name)}{suffix}"
+                    specs.append(TensorSpec(key, plan.dtype, (rank * unit.experts, side)))
+        for name in kept_in_full(plan, self.found).names:
+            tensor = plan.tuned.get(name) or plan.base.tensors[name]
+            specs.append(TensorSpec(f"{peft.PREFIX}{name}.base_layer", tensor.spec.dtype, tensor.spec.shape))
+        prefix, _ = safetensors.build_header(specs, {"format": "pt"})
+        return len(prefix) + sum(spec.nbytes for spec in specs)
