@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from surgery.operations.extract_lora import extract_lora
     from surgery.operations.info import info
     from surgery.operations.merge import merge
+    from surgery.operations.spectrum import spectrum
     from surgery.operations.unmerge import unmerge
     from surgery.operations.verify import verify
 
@@ -43,6 +44,7 @@ __all__ = [
     "info",
     "merge",
     "open",
+    "spectrum",
     "unmerge",
     "verify",
 ]
@@ -58,6 +60,7 @@ _HOMES = {
     "info": ("surgery.operations.info", "info"),
     "merge": ("surgery.operations.merge", "merge"),
     "open": ("surgery.checkpoint", "open_checkpoint"),
+    "spectrum": ("surgery.operations.spectrum", "spectrum"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),
     "verify": ("surgery.operations.verify", "verify"),
 }

@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "Show what a checkpoint holds, from its headers alone.",
     "diff": "Compare two checkpoints, and say how to ship the change.",
     "extract-lora": "Extract a LoRA adapter from a fine-tune and its base.",
+    "spectrum": "Show the singular values of a fine-tune's changes.",
     "merge": "Merge adapters into a base.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
