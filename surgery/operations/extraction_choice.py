@@ -128,9 +128,9 @@ class Choice:
         specs = [tensor.spec for tensor in self.measured.rows.values()]
         for group, rank in zip(groups, ranks, strict=True):
             for unit in group if rank else ():
-                for suffix, side in zip(unit.suffixes, unit.matrix, strict=True):
-                    key = f"{peft.PREFIX}{plan.module(unit.name)}{suffix}"
-                    specs.append(TensorSpec(key, plan.dtype, (rank * unit.experts, side)))
+                for suffix, shape in zip(unit.suffixes, unit.shapes(rank), strict=True):
+                    key = f"{peft.PREFIX}{plan.spelled(unit.name)}{suffix}"  # no shorter than it will be
+                    specs.append(TensorSpec(key, plan.dtype, shape))
         for name in kept_in_full(plan, self.found).names:
             tensor = plan.tuned.get(name) or plan.base.tensors[name]
             specs.append(TensorSpec(f"{peft.PREFIX}{name}.base_layer", tensor.spec.dtype, tensor.spec.shape))

@@ -78,6 +78,14 @@ class Unit:
             return ".lora_embedding_A", ".lora_embedding_B"
         return ".lora_A.weight", ".lora_B.weight"
 
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B: see the table above."""
+        rows, columns = self.matrix
+        into, out = (rows, columns) if self.flipped or self.kind == "embedding" else (columns, rows)
+        if self.kind == "conv":
+            return (rank, *self.spec.shape[1:]), (out, rank, *(1,) * (len(self.spec.shape) - 2))
+        return (rank * self.experts, into), (out, rank * self.experts)
+
     def dress(self, left_t: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lay factors out as PEFT's A and B.
 
@@ -88,14 +96,9 @@ class Unit:
         Returns:
             A and B, contiguous.
         """
-        rank = right.shape[1]
         inner, outer = (left_t, right) if self.flipped or self.kind == "embedding" else (right, left_t)
-        a = inner.reshape(-1, inner.shape[-1])
-        b = outer.permute(2, 1, 0).reshape(outer.shape[-1], -1)
-        if self.kind == "conv":
-            ones = (1,) * (len(self.spec.shape) - 2)
-            return a.reshape(rank, *self.spec.shape[1:]).contiguous(), b.reshape(*b.shape, *ones).contiguous()
-        return a.contiguous(), b.contiguous()
+        shapes = self.shapes(right.shape[1])
+        return inner.reshape(shapes[0]).contiguous(), outer.permute(2, 1, 0).reshape(shapes[1]).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
