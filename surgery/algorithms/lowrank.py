@@ -161,9 +161,9 @@ def working_bytes(shape: tuple[int, int], rank: int) -> int:
     """
     short, long = sorted(shape)
     width = min(max(_width(short, rank), 2 * rank), short)
-    blocks = 4 * 8 * (short + long) * width
+    blocks = 5 * 8 * (short + long) * width
     rows = 2 * 8 * 256 * long
-    return blocks + rows + 4 * 8 * short * short
+    return (8 << 20) + blocks + rows + 4 * 8 * short * short
 
 
 def residual_energy(
