@@ -53,7 +53,9 @@ def main() -> None:
                 (folder / side).symlink_to((options.pair / side).resolve())
         else:
             _make(folder, options.size, shape)
-        print(f"{options.size}: {shape.parameters / 1e9:.2f} B parameters in bfloat16, {2 * shape.parameters / 1e9:.2f} GB each\n")
+        print(
+            f"{options.size}: {shape.parameters / 1e9:.2f} B parameters in bfloat16, {2 * shape.parameters / 1e9:.2f} GB each\n"
+        )
         _compare(folder, options.ranks, options.turns, options.mergekit)
 
 
@@ -69,7 +71,18 @@ def _make(folder: Path, size: str, shape: generate.Shape) -> None:
 def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | None) -> None:
     def surgery(rank: int) -> Run:
         fresh(folder / f"lora-{rank}")
-        command = ["extract-lora", "base", "ft", "--rank", str(rank), "--embeddings", "none", "-o", f"lora-{rank}", "-q"]
+        command = [
+            "extract-lora",
+            "base",
+            "ft",
+            "--rank",
+            str(rank),
+            "--embeddings",
+            "none",
+            "-o",
+            f"lora-{rank}",
+            "-q",
+        ]
         return timed([sys.executable, "-m", "surgery", *command], folder)
 
     contenders = {

@@ -30,7 +30,7 @@ from surgery.algorithms.subspace import PROBES, ROUNDING, Search
 
 OVERSAMPLE = (16, 48)
 """Columns beyond the rank (and the probes): as many as the rank, but at least and at most so many."""
-WIDE_BELOW = 1e-4
+WIDE_BELOW = 1e-3
 """Share of the energy left over below which products are made in float64."""
 LINEAR_STEPS = 16
 """Most steps with ``Δ`` itself, each two products, before the Gram matrix is formed."""
@@ -46,6 +46,8 @@ class Costs:
     """Short sides up to this have their Gram matrix diagonalised, whatever the rank."""
     share: float = 0.25
     """So do searches wider than this share of the short side: they would be no cheaper."""
+    cheap: float = 5.0
+    """A Gram matrix that costs less than this many steps is formed at once."""
     patience: float = 1.0
     """A search turns to the Gram matrix once it has spent this many times what that costs."""
     steps: int = 40
@@ -158,10 +160,10 @@ def working_bytes(shape: tuple[int, int], rank: int) -> int:
     True
     """
     short, long = sorted(shape)
-    width = _width(short, rank)
-    blocks = 4 * 8 * (short + long) * width
+    width = min(max(_width(short, rank), 2 * rank), short)
+    blocks = 5 * 8 * (short + long) * width
     rows = 2 * 8 * 256 * long
-    return blocks + rows + 4 * 8 * short * short
+    return (8 << 20) + blocks + rows + 4 * 8 * short * short
 
 
 def component_products(
@@ -169,8 +171,8 @@ def component_products(
 ) -> tuple[torch.Tensor, float]:
     """Return ``⟨bₖ aₖ, Δ⟩`` of every component of ``left @ right``, and ``‖Δ − left @ right‖²``, of factors as they will be stored.
 
-    The second is ``‖Δ‖² − 2 Σₖ ⟨bₖ aₖ, Δ⟩ + tr((BᵀB)(AAᵀ))``, with one skinny product; where that leaves less than 1e-4 of
-    ``‖Δ‖²``, which cancellation spoils, the difference itself, block by block.
+    The second is ``‖Δ‖² − 2 Σₖ ⟨bₖ aₖ, Δ⟩ + tr((BᵀB)(AAᵀ))``, with one skinny product; where that leaves less than a thousandth
+    of ``‖Δ‖²``, which cancellation spoils, the difference itself, block by block.
 
     Args:
         delta: ``(m, n)``, float32 or float64.
@@ -266,9 +268,9 @@ class _Factoriser:
         search.begin(products.squared_times)
         gram: torch.Tensor | None = None
         price = gram_share(products.short) * products.short / (2.0 * self.width)
-        patience = min(max(math.ceil(costs.patience * price), 3), LINEAR_STEPS)
+        patience = min(costs.patience * price, LINEAR_STEPS)
         for step in range(1, costs.steps):
-            if gram is None and (step > patience or price < 2.5):
+            if gram is None and (step > patience or price < costs.cheap):
                 gram = products.gram()
             image = products.squared_times(search.basis) if gram is None else gram @ search.basis
             ritz = search.look(image)
@@ -316,10 +318,13 @@ class _Factoriser:
         left = basis @ rotation
         right = (image @ rotation).T.contiguous()
         share = torch.stack([row.double().square().sum() for row in right]).sqrt()
+        length = torch.linalg.vector_norm(left.double(), dim=0)  # 1 but for the rounding of the rotation
+        share /= length
+        left /= length.to(left.dtype)
         order = share.argsort(descending=True, stable=True)
         if not torch.equal(order, torch.arange(len(order), device=order.device)):
             share, left, right = share[order], left[:, order], right[order]
-        right /= share.clamp_min(torch.finfo(right.dtype).tiny).to(right.dtype)[:, None]
+        right /= torch.linalg.vector_norm(right, dim=1, keepdim=True).clamp_min(torch.finfo(right.dtype).tiny)
         return TruncatedSVD(left, share * self.norm, right, self.energy, bound, route), basis
 
 

@@ -141,6 +141,8 @@ def floor_rank(sigma: torch.Tensor, energy: float, noise: RoundingNoise) -> Floo
         return FloorRank(rank, certain=False, why="the change is of the size of the dtype's steps")
     if rank and float(sigma[rank - 1]) < CLEAR * edge:
         return FloorRank(rank, certain=False, why="singular values lie at the edge of the noise")
+    if rank == min(m, n):
+        return FloorRank(rank, certain=True)
     rest = energy - float((sigma[:rank].double() ** 2).sum())
     expected = noise.energy * (1.0 - rank / m) * (1.0 - rank / n)
     if abs(rest - expected) > UNEXPLAINED * expected:

@@ -12,11 +12,13 @@ import numpy as np
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, expected_base, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
-from surgery.delta import Applied, Dense, LowRank, Rows, Update
+from surgery.delta import Applied, Dense, ExpertsLowRank, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
+from surgery.operations.merge import resized_config
 from surgery.report import join_shown
-from surgery.tensor import LazyTensor, read_bytes
+from surgery.roles import role_of
+from surgery.tensor import LazyTensor, TensorSpec, read_bytes
 
 
 def unmerge(
@@ -73,6 +75,7 @@ def unmerge(
     _refuse_later(history, entry, binding, checkpoint, from_base=base is not None)
     work = _Work(checkpoint, history, opened, entry, binding)
     tensors = work.from_base(open_checkpoint(base)) if base is not None else work.by_subtraction()
+    config, files = resized_config(checkpoint.config, [work.resized])
     adapters, kept = history.without(entry["fingerprint"]) if entry else ([], {})
     future = History(history.known, adapters, history.base_prints, {}, kept, history.stored)
     sources = [checkpoint, open_checkpoint(base)] if base is not None else [checkpoint]
@@ -81,13 +84,13 @@ def unmerge(
         label=f"{checkpoint.label} − {opened.label}",
         stored=[stored for source in sources for stored in source.stored] + [*history.stored, *opened.stored],
         shards=checkpoint.shards,
-        config=checkpoint.config,
+        config=config,
         side_files=checkpoint.side_files,
         notes=[*checkpoint.notes, *binding.notes, *work.notes],
         origin=Origin(
             lambda prints: work.record(prints, adapters), kept=kept, history=future,
             counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
-            read=opened.nbytes,
+            read=opened.nbytes, files=files,
         ),
     )  # fmt: skip
 
@@ -154,6 +157,8 @@ class _Work:
         self.entry = entry
         self.binding = binding
         self.notes: list[str] = []
+        self.resized: dict[str, int] = {}
+        """Weights that get back the number of rows they had."""
         self._base: dict[str, provenance.Traced] = {}
         self._base_label = ""
 
@@ -164,7 +169,7 @@ class _Work:
         for name in self.binding.updates:
             if name not in base.tensors:
                 raise MismatchError("is not in the base", file=base.label, tensor=name)
-            if base.tensors[name].spec != self.merged.tensors[name].spec:
+            if not self._fits(name, base.tensors[name].spec):
                 raise MismatchError(
                     f"is {base.tensors[name].spec.describe()} in the base and "
                     f"{self.merged.tensors[name].spec.describe()} in {self.merged.label}",
@@ -174,6 +179,17 @@ class _Work:
             self._base[name] = provenance.Traced(base.tensors[name])
             tensors[name] = self._base[name]
         return tensors
+
+    def _fits(self, name: str, before: TensorSpec) -> bool:
+        """Say whether a tensor may be put back: it is like what is there, or its vocabulary was resized."""
+        now = self.merged.tensors[name].spec
+        if before == now:
+            return True
+        if name not in self.binding.replaced or before.dtype != now.dtype or before.shape[1:] != now.shape[1:]:
+            return False
+        if len(before.shape) == 2 and role_of(before) in ("embedding", "head"):
+            self.resized[name] = before.shape[0]
+        return name in self.resized
 
     def by_subtraction(self) -> dict[str, LazyTensor]:
         """Subtract low-rank parts and put the originals back."""
@@ -195,7 +211,7 @@ class _Work:
         return tensors
 
     def _negated(self, name: str, update: Update) -> Update:
-        if isinstance(update, LowRank | Dense):
+        if isinstance(update, LowRank | ExpertsLowRank | Dense):
             return update  # bound with the negated coefficient already
         raise MismatchError(
             "DoRA cannot be subtracted: its norms are the base's", file=self.adapter.label, tensor=name,
@@ -204,7 +220,7 @@ class _Work:
 
     def _original(self, name: str) -> LazyTensor:
         found = self.history.original(self.entry["step"], name) if self.entry else None
-        if found is None or found.spec != self.merged.tensors[name].spec:
+        if found is None or not self._fits(name, found.spec):
             raise self._lost(name)
         return found
 
