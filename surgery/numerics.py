@@ -223,7 +223,8 @@ def squared_norm(values: torch.Tensor) -> float:
 
 
 def _squared_norm_wide(flat: torch.Tensor) -> float:
-    return math.fsum(float(wide @ wide) for part in flat.split(BLOCK) for wide in [part.double()])
+    starts = range(0, flat.numel(), BLOCK)
+    return math.fsum(float(wide @ wide) for start in starts for wide in [flat[start : start + BLOCK].double()])
 
 
 def release_freed_memory() -> None:

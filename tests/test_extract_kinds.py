@@ -39,7 +39,7 @@ BUILD = {
             head_dim=8,
             intermediate_size_mlp=64,
             interleave_moe_layer_step=1,
-        )  # fmt: skip
+        )
     ),
     "qwen3-moe": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, head_dim=8)

@@ -137,7 +137,8 @@ class Measurement:
             return self._factor_dora(pair, unit, depth)
         floors = self._floors(pair, unit)
         delta = pair.delta(*floors).view(unit.experts, *unit.matrix)
-        parts = [self._part(unit, expert, one, depth) for expert, one in enumerate(delta)]
+        energy = pair.delta_energy if unit.experts == 1 else None  # known by the way, of a single matrix
+        parts = [self._part(unit, expert, one, depth, energy) for expert, one in enumerate(delta)]
         numerics.release_freed_memory()
         energy = math.fsum(part.svd.energy for part in parts)
         residual = math.fsum(part.residual for part in parts)
@@ -161,11 +162,16 @@ class Measurement:
         row = Row(unit.name, pair.role, "unchanged", 0, energy, 0.0, 0.0, 0)
         return self._entry(pair, row, factors=factors, following=min(beyond, residual))
 
-    def _part(self, unit: Unit, expert: int, delta: torch.Tensor, depth: int) -> _Part:
+    def _part(self, unit: Unit, expert: int, delta: torch.Tensor, depth: int, energy: float | None) -> _Part:
         settings = self.settings
         generator = numerics.generator(settings.seed, unit.name, f"sketch {expert}" if unit.experts > 1 else "sketch")
         svd = truncated_svd(
-            delta.to(settings.device), depth, generator, tolerance=settings.tolerance, exact=settings.exact
+            delta.to(settings.device),
+            depth,
+            generator,
+            tolerance=settings.tolerance,
+            exact=settings.exact,
+            energy=energy,
         )
         left, right = (self._rounded(factor.cpu(), unit.name) for factor in svd.factors(depth))
         products, rest = component_products(delta, left, right, energy=svd.energy)
