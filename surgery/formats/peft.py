@@ -361,6 +361,11 @@ def bare_parameters(config: LoraConfig, modules: Iterable[str], names: Iterable[
     return found
 
 
+def token_rows_key(module: str) -> str:
+    """Name the tensor of an embedding's trained rows."""
+    return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+
 def task_type(config: Mapping[str, Any] | None) -> str | None:
     """Name the PEFT task of a model's ``config.json``: the wrapper class that PEFT loads it in.
 

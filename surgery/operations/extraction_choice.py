@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from surgery.algorithms.ranks import Spectrum
 from surgery.errors import MismatchError
 from surgery.formats import peft, safetensors, servers
-from surgery.operations.extraction_layout import kept_in_full
+from surgery.operations.extraction_layout import full_key, kept_in_full, stem_of
 from surgery.operations.extraction_measure import Measurement
 from surgery.operations.extraction_units import Unit
 from surgery.report import join_shown
@@ -24,6 +24,9 @@ class Choice:
         self.measured = measured
         self.plan = measured.plan
         self.found = measured.found
+
+        self.whole: set[str] = set()
+        """Tied embeddings that are worth storing in full, once :meth:`ranks` was asked for."""
 
     def ranks(self) -> dict[str, int]:
         """Choose, deepening spectra that the rule used up.
@@ -44,6 +47,8 @@ class Choice:
             for group, rank in zip(groups, chosen, strict=True) if rank
             for unit in group
         }  # fmt: skip
+        if not self._weighs_wholes:
+            self.whole = self._worth_their_bytes(ranks)
         self._note_floors()
         return self._evened(ranks) if self.plan.rule.portable and ranks else ranks
 
@@ -100,14 +105,40 @@ class Choice:
         cost = item * sum(unit.cost for unit in group)
         return self.plan.rule.spectrum(squares, math.fsum(f.energy for f in members), cost, limit)
 
-    def _choose(self, groups: Sequence[Sequence[Unit]], spectra: Sequence[Spectrum]) -> list[int]:
+    @property
+    def _weighs_wholes(self) -> bool:
+        """Whether the rule itself weighs whole embeddings against components of factors."""
         rule = self.plan.rule
+        return (rule.budget is not None or rule.error is not None) and not rule.portable
+
+    def _wholes(self) -> list[str]:
+        """Name the tied embeddings that moved all over."""
+        return [name for name, found in self.found.items() if found.whole]
+
+    def _worth_their_bytes(self, ranks: Mapping[str, int]) -> set[str]:
+        """Choose the whole embeddings of which a byte brings at least what the factors' last one does."""
+        rates = [
+            float(factors.squares[min(rank, factors.depth) - 1]) / factors.unit.cost
+            for name, rank in ranks.items() for factors in [self.measured.factors(name)] if factors.energy
+        ]  # fmt: skip
+        price = math.inf if self.plan.rule.budget is not None else min(rates, default=0.0)
+        return {name for name in self._wholes() if self.found[name].row.energy / self._numel(name) >= price}
+
+    def _numel(self, name: str) -> int:
+        return self.plan.base.tensors[name].spec.numel
+
+    def _choose(self, groups: Sequence[Sequence[Unit]], spectra: Sequence[Spectrum]) -> list[int]:
+        rule, wholes = self.plan.rule, self._wholes() if self._weighs_wholes else []
         energy = math.fsum(found.row.energy for found in self.found.values())
-        fixed = math.fsum(found.row.residual for found in self.found.values() if found.factors is None)
+        fixed = math.fsum(
+            found.row.residual for name, found in self.found.items() if found.factors is None and name not in wholes
+        )
+        # A whole embedding is one item: all of its energy for all of its bytes.
+        items = [*spectra, *map(self._as_item, wholes)]
         if rule.budget is None:
-            return rule.choose(spectra, fixed=fixed, energy=energy)
+            return self._parted(wholes, rule.choose(items, fixed=fixed, energy=energy))
         room = rule.budget - self._bytes_at(groups, [0] * len(groups))
-        if room <= 0 and spectra:
+        if room <= 0 and items:
             raise MismatchError(
                 f"biases, norms and trained rows alone take {human_bytes(rule.budget - room)} of the budget's "
                 f"{human_bytes(rule.budget)}",
@@ -115,24 +146,38 @@ class Choice:
                 mend="raise --budget, or --exclude some",
             )
         while room > 0:
-            ranks = rule.choose(spectra, budget=room, energy=energy)
+            ranks = self._parted(wholes, rule.choose(items, budget=room, energy=energy))
             over = self._bytes_at(groups, ranks) - rule.budget
             if over <= 0:
                 return ranks
             room -= over  # the header, which grows with the number of tensors
         return [0] * len(spectra)
 
+    def _as_item(self, name: str) -> Spectrum:
+        energy = self.found[name].row.energy
+        return Spectrum(np.array([energy]), energy, self.plan.tuned[name].spec.nbytes, 1)
+
+    def _parted(self, wholes: Sequence[str], chosen: list[int]) -> list[int]:
+        """Take the whole embeddings that were chosen, and leave the ranks."""
+        count = len(chosen) - len(wholes)
+        if self._weighs_wholes:
+            self.whole = {name for name, taken in zip(wholes, chosen[count:], strict=True) if taken}
+        return chosen[:count]
+
     def _bytes_at(self, groups: Sequence[Sequence[Unit]], ranks: Sequence[int]) -> int:
         """Size of the weights file at these ranks, header included."""
         plan = self.plan
         specs = [tensor.spec for tensor in self.measured.rows.values()]
-        for group, rank in zip(groups, ranks, strict=True):
-            for unit in group if rank else ():
-                for suffix, shape in zip(unit.suffixes, unit.shapes(rank), strict=True):
-                    key = f"{peft.PREFIX}{plan.spelled(unit.name)}{suffix}"  # no shorter than it will be
-                    specs.append(TensorSpec(key, plan.dtype, shape))
+        for name in self.whole if any(ranks) else ():
+            tuned = plan.tuned[name].spec
+            specs.append(TensorSpec(peft.token_rows_key(plan.module(name)), tuned.dtype, tuned.shape))
+        units = [(unit, rank) for group, rank in zip(groups, ranks, strict=True) if rank for unit in group]
+        adapted = {unit.name for unit, _ in units}
+        for unit, rank in units:
+            for suffix, shape in zip(unit.suffixes, unit.shapes(rank), strict=True):
+                specs.append(TensorSpec(stem_of(plan, unit, adapted) + suffix, plan.dtype, shape))
         for name in kept_in_full(plan, self.found).names:
             tensor = plan.tuned.get(name) or plan.base.tensors[name]
-            specs.append(TensorSpec(f"{peft.PREFIX}{name}.base_layer", tensor.spec.dtype, tensor.spec.shape))
+            specs.append(TensorSpec(full_key(plan, name, adapted), tensor.spec.dtype, tensor.spec.shape))
         prefix, _ = safetensors.build_header(specs, {"format": "pt"})
         return len(prefix) + sum(spec.nbytes for spec in specs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,38 @@ def kept_in_full(plan: Extraction, found: Mapping[str, Found]) -> Kept:
     return Kept(tuple(names), frozenset(saved), keep_biases)
 
 
+def stem_of(plan: Extraction, unit: Unit, adapted: Collection[str]) -> str:
+    """Name a unit's factors up to PEFT's suffix: of two parameters of one module the first is wrapped innermost.
+
+    Args:
+        plan: spells names.
+        unit: one of those in ``adapted``.
+        adapted: names of all factored weights.
+    """
+    if unit.kind != "experts":
+        return f"{peft.PREFIX}{plan.module(unit.name)}"
+    home = unit.name.rpartition(".")[0]
+    siblings = sorted((name for name in adapted if name.rpartition(".")[0] == home), key=peft.parameter_order)
+    wrappers = ".base_layer" * (len(siblings) - 1 - siblings.index(unit.name))
+    return f"{peft.PREFIX}{plan.spelled(unit.name).rpartition('.')[0]}{wrappers}"
+
+
+def full_key(plan: Extraction, name: str, adapted: Collection[str]) -> str:
+    """Name a tensor that is stored in full: inside of PEFT's wrapper where its module's weight is factored."""
+    module, _, leaf = plan.spelled(name).rpartition(".")
+    wrapped = f"{module_of(name)}.weight" in adapted and name in plan.full
+    return f"{peft.PREFIX}{module}{'.base_layer' if wrapped else ''}.{leaf}"
+
+
 class Layout:
     """The adapter in the making: its tensors by PEFT's key, its configuration, and each weight's row of the report."""
 
-    def __init__(self, measured: Measurement, ranks: Mapping[str, int]) -> None:
+    def __init__(self, measured: Measurement, ranks: Mapping[str, int], whole: Collection[str]) -> None:
         self.measured = measured
         self.plan = measured.plan
         self.found = measured.found
         self.ranks = dict(ranks)
+        self.whole = whole
         self.tensors: dict[str, LazyTensor] = dict(measured.rows)
 
     def compose(self) -> dict[str, Any]:
@@ -80,7 +104,7 @@ class Layout:
             found, unit = self.found.get(name), self._unit(name)
             factors = found.factors if found else None
             parts = factors.leading(rank) if factors else _zeros(unit, rank, self.plan.dtype)
-            stem = self._stem(unit)
+            stem = stem_of(self.plan, unit, self.ranks)
             stored = [
                 self.measured.store(stem + suffix, part)
                 for suffix, part in zip(unit.suffixes, unit.dress(*parts), strict=True)
@@ -113,35 +137,11 @@ class Layout:
             return found.factors.unit
         return Unit(self.plan.base.specs[name], "linear", name in self.plan.transposed)
 
-    def _stem(self, unit: Unit) -> str:
-        """Name a unit's factors up to PEFT's suffix: of two parameters of one module the first is wrapped innermost."""
-        if unit.kind != "experts":
-            return f"{peft.PREFIX}{self.plan.module(unit.name)}"
-        module = self.plan.spelled(unit.name).rpartition(".")[0]
-        siblings = sorted(
-            (name for name in self.ranks if name.rpartition(".")[0] == unit.name.rpartition(".")[0]),
-            key=peft.parameter_order,
-        )
-        return f"{peft.PREFIX}{module}" + ".base_layer" * (len(siblings) - 1 - siblings.index(unit.name))
-
     def _store_whole_embeddings(self) -> None:
-        """Store a tied embedding that moved all over where a byte of it brings at least what the factors' last one does.
-
-        As trained tokens, all of them: the one form that is right for tied weights both merged and unmerged.
-        """
-        rates = [
-            float(factors.squares[min(rank, factors.depth) - 1]) / factors.unit.cost
-            for name, rank in self.ranks.items() for factors in [self.measured.factors(name)] if factors.energy
-        ]  # fmt: skip
-        for name, found in self.found.items():
-            spec = self.plan.base.tensors[name].spec
-            if (
-                not found.whole
-                or self.plan.rule.budget is not None
-                or found.row.energy / spec.numel < min(rates, default=0.0)
-            ):
-                continue
-            key = f"{peft.PREFIX}{self.plan.module(name)}.token_adapter.trainable_tokens_delta"
+        """Store tied embeddings as trained tokens, all of them: the one form that is right both merged and unmerged."""
+        for name in sorted(self.whole):
+            found, spec = self.found[name], self.plan.base.tensors[name].spec
+            key = peft.token_rows_key(self.plan.module(name))
             self.tensors[key] = renamed(self.plan.tuned[name], key)
             found.token_rows = list(range(spec.shape[0]))
             found.row = Row(name, found.row.role, "rows", 0, found.row.energy, 0.0, 0.0, spec.nbytes, "all rows moved")
@@ -171,19 +171,15 @@ class Layout:
 
     def _keep(self, name: str) -> None:
         found = self.found[name]
-        module, _, leaf = self.plan.spelled(name).rpartition(".")
-        key = f"{peft.PREFIX}{module}{'.base_layer' if self._is_factored(name) else ''}.{leaf}"
+        key = full_key(self.plan, name, self.ranks)
         tuned = self.plan.tuned[name]
         self.tensors[key] = renamed(tuned, key)
         how = "full" if found.row.energy or name in self.plan.resized else "unchanged"
         found.row = Row(name, found.row.role, how, 0, found.row.energy, 0.0, 0.0, tuned.spec.nbytes, found.row.why)
 
-    def _is_factored(self, name: str) -> bool:
-        return f"{module_of(name)}.weight" in self.ranks
-
     def _keep_sibling(self, name: str) -> None:
         """PEFT saves a module whole: every tensor it has must be there, buffers too, and the base's where not wanted."""
-        key = peft.PREFIX + self.plan.spelled(name)
+        key = full_key(self.plan, name, self.ranks)
         base = self.plan.base.tensors[name]
         wanted = name not in self.plan.unwanted and name in self.plan.tuned
         self.tensors[key] = renamed(self.plan.tuned[name] if wanted else base, key)
@@ -204,7 +200,7 @@ class Layout:
         if not candidates:
             raise MismatchError("the model has no linear weight that could carry an adapter", file=plan.base.label)
         unit = min(candidates, key=lambda unit: (unit.cost, unit.name))
-        stem = self._stem(unit)
+        stem = stem_of(self.plan, unit, self.ranks)
         parts = unit.dress(*_zeros(unit, 1, plan.dtype))
         for suffix, part in zip(unit.suffixes, parts, strict=True):
             self.tensors[stem + suffix] = self.measured.store(stem + suffix, part)

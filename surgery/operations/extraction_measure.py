@@ -248,7 +248,7 @@ class Measurement:
                 return self.factor(pair, unit, plan.rule.first_depth(unit.limit))
             why = f"{len(rows):,} of {count:,} rows moved and it is tied to the head; --embeddings full stores it"
             return self._entry(pair, replace(left_out, why=why), whole=True)
-        key = f"{peft.PREFIX}{self.plan.module(name)}.token_adapter.trainable_tokens_delta"
+        key = peft.token_rows_key(self.plan.module(name))
         spec = TensorSpec(key, pair.tuned.spec.dtype, (len(rows), width))
         stored: LazyTensor = self.spool.add(spec, self._pick_rows(pair, rows.tolist()))
         rest = max(total - float(energy[rows].sum()), 0.0)

@@ -50,7 +50,9 @@ def compose(measured: Measurement) -> Adapter:
     plan.notes.extend(one.note for one in found.values() if one.note)
     if not plan.resized and not any(one.row.energy for one in found.values()):
         raise MismatchError(f"no differences: all {len(found)} compared tensors are equal", file=plan.tuned_label)
-    layout = Layout(measured, Choice(measured).ranks())
+    choice = Choice(measured)
+    ranks = choice.ranks()
+    layout = Layout(measured, ranks, choice.whole)
     document = layout.compose()
     rows = tuple(one.row for one in found.values())
     weight = math.fsum(one.weight_energy for one in found.values())
