@@ -20,12 +20,14 @@ import numpy as np
 import torch
 
 from surgery.algorithms.kernel import Totals
-from surgery.numerics import BLOCK
+from surgery.numerics import BLOCK, scratch
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
-_WIDTH = 1 << 18
-"""Bit patterns in a window: in float32 about 3 % of the value."""
+_WIDEST = 1 << 18
+"""Bit patterns in a window, at most: in float32 about 3 % of the value."""
+_MARGIN = 0.015
+"""Share of all values between the one that is sought and either end of its window, as far as a sample can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +50,32 @@ class _Place:
 class _Window:
     """Counts the values above a run of bit patterns, and each pattern in it."""
 
-    def __init__(self, rank: Rank, low: int) -> None:
+    def __init__(self, rank: Rank, low: int, width: int) -> None:
         self.rank = rank
         self.low = low
-        self.counts = torch.zeros(_WIDTH, dtype=torch.int64)
+        self.width = width
+        self.counts = torch.zeros(width, dtype=torch.int64)
         """Counted where the values are, not returned block by block: integers, so their order does not matter."""
 
     def observe(self, keys: np.ndarray) -> int:
         """Count inside, and return how many are above."""
-        offsets = keys - np.int32(self.low)
-        inside = torch.from_numpy(offsets[offsets.view(np.uint32) < np.uint32(_WIDTH)]).to(torch.int64)
+        # Into working memory: fresh pages would cost more than the arithmetic.
+        offsets = scratch("offsets", keys.size, torch.int32).numpy()
+        mask = scratch("mask", keys.size, torch.bool).numpy()
+        np.subtract(keys, np.int32(self.low), out=offsets)
+        above = int(np.count_nonzero(np.greater_equal(offsets, np.int32(self.width), out=mask)))
+        np.less(offsets.view(np.uint32), np.uint32(self.width), out=mask)
+        inside = torch.from_numpy(offsets[mask]).to(torch.int64)
         self.counts.scatter_add_(0, inside, torch.ones_like(inside))
-        return int(np.count_nonzero(keys >= np.int32(self.low + _WIDTH)))
+        return above
 
     def value(self, above: int) -> float | None:
         """Return what is sought, or ``None`` where it lies elsewhere."""
         within = self.rank.rank - above
         if not 0 < within <= int(self.counts.sum()):
             return None
-        found = _narrowed(_Place(self.rank.stream, within), self.counts.numpy())
-        return float(np.array(self.low + (found.prefix & (_WIDTH - 1)), dtype=np.uint32).view(np.float32))
+        offset, _ = _bin_of(within, self.counts.numpy())
+        return float(np.array(self.low + offset, dtype=np.uint32).view(np.float32))
 
 
 class Order:
@@ -92,12 +100,14 @@ class Order:
         if self._at_once or self._bits != 32:
             return
         for rank in self.ranks:
-            sampled = values[rank.stream]
-            place = round(rank.rank / self._count * sampled.numel())
-            middle = _kth_largest(sampled, min(max(place, 1), sampled.numel()))
-            pattern = int(np.float32(middle).view(np.int32))
-            low = min(max(pattern - _WIDTH // 2, 0), (1 << 31) - 1 - _WIDTH)
-            self._windows.append(_Window(rank, low))
+            ordered = np.sort(values[rank.stream].numpy()).view(np.int32)
+            share = 1 - rank.rank / self._count
+            low, middle, high = (
+                int(ordered[min(max(round((share + off) * ordered.size), 0), ordered.size - 1)])
+                for off in (-_MARGIN, 0, _MARGIN)
+            )
+            low = max(low, middle - _WIDEST // 2)
+            self._windows.append(_Window(rank, low, min(high - low + 1, _WIDEST)))
 
     def needs(self, found: Sequence[Any]) -> bool:
         """Say whether stage ``len(found)`` has to look at the values at all."""
@@ -168,7 +178,12 @@ def _buckets(places: Sequence[_Place]) -> list[tuple[int, int]]:
 
 
 def _narrowed(place: _Place, counts: np.ndarray) -> _Place:
+    digit, rank = _bin_of(place.rank, counts)
+    return _Place(place.stream, rank, place.prefix << _DIGIT | digit)
+
+
+def _bin_of(rank: int, counts: np.ndarray) -> tuple[int, int]:
+    """Find the bin that holds the ``rank``-th value from the top, and the value's rank in it."""
     above = np.cumsum(counts[::-1])  # values in the bins from the top down to each
-    bins = int(np.searchsorted(above, place.rank))
-    before = int(above[bins - 1]) if bins else 0
-    return _Place(place.stream, place.rank - before, place.prefix << _DIGIT | (len(counts) - 1 - bins))
+    bins = int(np.searchsorted(above, rank))
+    return len(counts) - 1 - bins, rank - (int(above[bins - 1]) if bins else 0)
