@@ -192,7 +192,7 @@ class _Work:
         if missing == "refuse":
             self._refuse_missing()
         for member in members:
-            refuse_quantised(member, self._everywhere)
+            refuse_quantised(member, sorted(self._everywhere))
 
     def _spelled(self, member: Checkpoint) -> dict[str, provenance.Traced]:
         """Give a member's tensors the first member's names, traced."""
