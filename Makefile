@@ -57,8 +57,7 @@ $(ORACLE)/made: constraints.txt
 	@echo "installing mergekit 0.1.5 into $(ORACLE) ..."
 	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(ORACLE)/bin/python -m pip install --quiet --no-deps mergekit==0.1.5
-	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt accelerate click huggingface-hub immutables numpy \
-		peft protobuf pydantic pyyaml safetensors scipy sentencepiece tqdm transformers
+	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt numpy pydantic safetensors tqdm
 	@touch $@
 
 oracle: $(VENV)/test $(ORACLE)/made

@@ -41,6 +41,8 @@ class Origin:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    bytes_read: int | None = None
+    """What making it will read; its own size by default."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -153,7 +155,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size=max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
-            bytes_read=self.nbytes,
+            bytes_read=self.nbytes if self.origin is None or self.origin.bytes_read is None else self.origin.bytes_read,
             counts=self.origin.counts if self.origin else {"copied": len(self)},
         )
 

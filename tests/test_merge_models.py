@@ -29,6 +29,8 @@ def test_dicts_are_merged_in_memory_and_lazily():
         wanted = base[name].double() + 0.5 * (a[name].double() - base[name]) - 0.25 * (b[name].double() - base[name])
         assert torch.equal(merged[name], wanted.float()), name
     assert set(surgery.merge(a, b, algorithm="linear")) == set(a)
+    plan = merged.plan()
+    assert (plan.bytes_read, plan.counts) == (3 * surgery.open(base).nbytes, {"merged": 3, "copied": 0})
 
 
 def test_a_model_merged_lazily_is_an_input_like_any_other():

@@ -96,6 +96,7 @@ def merge_models(
             work.recorder(said | ({"dtype": dtype} if dtype else {}), prints),
             counts=work.counts(),
             files=config_file(reference.config, dtype),
+            bytes_read=sum(member.nbytes for member in members),
         ),
     )
 
