@@ -4,6 +4,7 @@
 #   make test                           the whole test suite
 #   make check                          format, lint, types
 #   make bench                          timings against named peers
+#   make oracle                         ask mergekit again, in an environment of its own, and compare
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench oracle clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -49,5 +50,19 @@ format: $(VENV)/dev
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
+# mergekit's own pins are left alone: it is installed without its dependencies, and what it imports beside it.
+ORACLE := .venv-mergekit
+$(ORACLE)/made: constraints.txt
+	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
+	@echo "installing mergekit 0.1.5 into $(ORACLE) ..."
+	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(ORACLE)/bin/python -m pip install --quiet --no-deps mergekit==0.1.5
+	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt numpy pydantic safetensors tqdm
+	@touch $@
+
+oracle: $(VENV)/test $(ORACLE)/made
+	$(ORACLE)/bin/python -W ignore -m fixtures.mergekit_goldens $(ORACLE)/goldens.safetensors
+	MERGEKIT_GOLDENS=$(ORACLE)/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

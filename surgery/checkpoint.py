@@ -42,8 +42,8 @@ class Origin:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    read: int = 0
-    """Bytes to read beside those of the tensors themselves: adapters."""
+    bytes_read: int | None = None
+    """What making it will read; its own size by default."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -165,7 +165,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size=_NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
-            bytes_read=self.nbytes + origin.read,
+            bytes_read=self.nbytes if origin.bytes_read is None else origin.bytes_read,
             counts=origin.counts,
         )
         if single:

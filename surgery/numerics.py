@@ -126,10 +126,10 @@ def widen(tensor: LazyTensor, start: int, stop: int, out: torch.Tensor) -> torch
 
 
 def narrow(values: torch.Tensor, spec: TensorSpec, out: memoryview, *, allow_nonfinite: bool = False) -> None:
-    """Round float64 ``values`` once, to nearest even, into the bytes of ``spec``'s dtype.
+    """Round ``values`` once, to nearest even, into the bytes of ``spec``'s dtype.
 
     Args:
-        values: float64, flat; overwritten where the dtype is float16 or bfloat16.
+        values: float64 or float32, flat.
         spec: gives the dtype, one of :data:`surgery.tensor.ARITHMETIC`.
         out: the bytes to fill.
         allow_nonfinite: let NaN, Inf and overflow through.
@@ -140,7 +140,8 @@ def narrow(values: torch.Tensor, spec: TensorSpec, out: memoryview, *, allow_non
     if not values.numel():
         return
     target = view(spec, out, values.numel())
-    target.copy_(values if spec.dtype in ("F64", "F32") else _round_to_odd(values, _EXTRA_BITS[spec.dtype]))
+    twice = values.dtype == torch.float64 and spec.dtype in _EXTRA_BITS
+    target.copy_(_round_to_odd(values, _EXTRA_BITS[spec.dtype]) if twice else values)
     if allow_nonfinite:
         return
     # One pass: a sum is finite unless a term is not (or, rarely, it overflows: then look closely).
@@ -201,6 +202,20 @@ def seed_for(seed: int, name: str, role: str = "") -> int:
 def generator(seed: int, name: str, role: str = "") -> torch.Generator:
     """Make a generator whose draws depend on (seed, name, role) alone."""
     return torch.Generator().manual_seed(seed_for(seed, name, role))
+
+
+def random_words(seed: int, name: str, role: str, start: int, count: int) -> np.ndarray:
+    """Draw uniform 32-bit words for the elements ``[start, start + count)`` of a tensor.
+
+    Element ``i`` takes the ``i``-th word of a stream that (seed, name, role) alone decide, so that it does not matter
+    where a tensor is cut. The stream is NumPy's PCG64DXSM, which can jump ahead, and which NumPy promises to keep.
+    """
+    stream = np.random.PCG64DXSM(seed_for(seed, name, role))
+    if start:
+        stream.advance(start // 2)
+    odd = start % 2
+    pairs: np.ndarray = stream.random_raw((odd + count + 1) // 2)
+    return pairs.view(np.uint32)[odd : odd + count]
 
 
 def squared_norm(values: torch.Tensor) -> float:

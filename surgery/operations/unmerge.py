@@ -90,7 +90,7 @@ def unmerge(
         origin=Origin(
             lambda prints: work.record(prints, adapters), kept=kept, history=future,
             counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
-            read=opened.nbytes, files=files,
+            bytes_read=checkpoint.nbytes + opened.nbytes, files=files,
         ),
     )  # fmt: skip
 
