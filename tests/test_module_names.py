@@ -394,7 +394,9 @@ def test_a_vit_adapter_is_extracted_merged_and_loaded_under_names_in_memory(tmp_
     merged.save(tmp_path / "merged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(transformers.ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        adapted = PeftModel.from_pretrained(
+            transformers.ViTModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
         there = adapted.merge_and_unload().state_dict()
         here = transformers.ViTModel.from_pretrained(tmp_path / "merged").state_dict()
     moved = transformers.ViTModel.from_pretrained(tmp_path / "base").state_dict()
