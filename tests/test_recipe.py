@@ -42,7 +42,7 @@ def test_a_recipe_of_models_is_one_slice_of_all_layers():
     assert (recipe.algorithm, recipe.dtype, module.whole) == ("ties", "F16", True)
     assert [str(part.model) for part in piece.parts] == ["psmathur/orca_mini_v3_13b", "WizardLM/WizardMath-13B-V1.0"]
     assert [part.layers for part in piece.parts] == [None, None]
-    assert [str(reference) for reference in recipe.references()][0] == "TheBloke/Llama-2-13B-fp16"
+    assert next(str(reference) for reference in recipe.references()) == "TheBloke/Llama-2-13B-fp16"
 
 
 def test_a_gradient_is_linear_between_its_points():

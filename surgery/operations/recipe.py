@@ -1,0 +1,453 @@
+"""``merge_recipe``: the merge that a recipe describes, as one lazy checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery import provenance
+from surgery.algorithms.registry import MERGEKIT, Parameter, find
+from surgery.checkpoint import Checkpoint, Origin, refuse_quantised
+from surgery.errors import FormatError, MismatchError, SurgeryError
+from surgery.formats.recipe import Module, Part, Recipe, Slice, parse
+from surgery.formats.settings import Settings, first_value
+from surgery.formats.yaml_strict import did_you_mean
+from surgery.merged import merged
+from surgery.operations import recipe_config
+from surgery.operations.recipe_inputs import Input, Inputs, last_stage
+from surgery.operations.recipe_layers import Stack, comes_before, main_stack, stacks_of
+from surgery.report import join_shown
+from surgery.sources import local
+from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
+
+SUFFIXES = (".yml", ".yaml")
+ACCEPTED: Mapping[str, str] = {
+    "int8_mask": "saves memory in mergekit and changes no value; surgery's blocks need none of it",
+}
+"""Parameters of mergekit that mean nothing here, whatever the algorithm."""
+UNUSED: Mapping[str, tuple[str, ...]] = {"task_arithmetic": ("density", "rescale")}
+"""Parameters that mergekit's algorithm takes and does not use."""
+
+
+def merge_recipe(
+    recipe: str | os.PathLike[str] | bytes, *, compat: str = MERGEKIT, seed: int = 0, allow_nonfinite: bool = False
+) -> Checkpoint:
+    """Compose the merge that a recipe describes; headers are read and everything is checked, data is not read.
+
+    The language is mergekit's YAML: ``models``, ``slices`` or ``modules``, parameters as numbers, gradients and
+    conditions, several stages in one file (:mod:`surgery.formats.recipe`). Models are folders or files under the
+    working directory, or models in the Hugging Face cache.
+
+    Args:
+        recipe: a file, or its bytes.
+        compat: ``"mergekit"``, which its recipes imply, or ``"paper"``.
+        seed: keys random draws, together with the tensor's name.
+        allow_nonfinite: let NaN, Inf and overflow through.
+
+    Returns:
+        The merged checkpoint, lazily: stages before the last are never written.
+
+    Raises:
+        FormatError: what is not understood; the line is named.
+        UsageError: an algorithm or a parameter that is not known, or a number of models that does not fit it.
+        HubError: a model that is not on this machine.
+        MismatchError: models that do not fit together, or layers that a model does not have.
+    """
+    data, label = (recipe, "recipe") if isinstance(recipe, bytes) else (_read(recipe), os.fspath(recipe))
+    try:
+        recipes = parse(data)
+        last = last_stage(recipes)
+
+        def make(stage: Recipe, inputs: Inputs) -> Checkpoint:
+            return _Merge(stage, inputs, compat, seed, allow_nonfinite).result()
+
+        return make(last, Inputs(recipes, make))
+    except SurgeryError as error:
+        raise error.at(file=label) from None
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    return local.read_small(local.resolve(path))
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One output tensor: where its inputs are, and which settings decide."""
+
+    name: str
+    inputs: Mapping[int, str]
+    """Number of the part in its slice → the tensor's name there."""
+    module: Module
+    slice: Slice
+    t: float
+
+
+@dataclass
+class _Tally:
+    """What happens to how many tensors."""
+
+    merged: int = 0
+    copied: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {"merged": self.merged, "copied": self.copied}
+
+
+@dataclass
+class _Merge:
+    """One stage in the making."""
+
+    recipe: Recipe
+    inputs: Inputs
+    compat: str
+    seed: int
+    allow_nonfinite: bool
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.algorithm = find(self.recipe.algorithm)
+        self.known = {parameter.recipe_name: parameter for parameter in self.algorithm.parameters}
+        self.modules = [self._with_base(module) for module in self.recipe.modules]
+        self.traced: dict[int, dict[str, provenance.Traced]] = {}
+        self.members: list[Input] = []
+        self.tally = _Tally()
+        self._check_settings()
+
+    # --- what goes in
+
+    def _with_base(self, module: Module) -> Module:
+        """Add the base to the models of a whole merge that do not name it."""
+        base = self.recipe.base
+        if not module.whole or base is None or any(part.model == base for part in module.slices[0].parts):
+            return module
+        (piece,) = module.slices
+        whole = Slice((*piece.parts, Part(base, line=base.line)), piece.base, piece.settings, piece.line)
+        return Module(module.name, (whole,), module.settings, module.whole, module.line)
+
+    def _check_settings(self) -> None:
+        """Refuse parameters that the algorithm does not take, and those of the merge that are given to one model."""
+        for settings, own in self._all_settings():
+            for name, setting in settings.items():
+                line = f"line {setting.line}: "
+                if name in ACCEPTED:
+                    self._note(f"{line}{name} {ACCEPTED[name]}")
+                elif name in UNUSED.get(self.algorithm.name, ()):
+                    self._note(f"{line}{self.algorithm.name} does not use {name}, in mergekit neither")
+                elif name not in self.known:
+                    raise FormatError(
+                        f"{line}{self.algorithm.name} has no parameter {name!r}",
+                        mend=did_you_mean(name, self.known) if self.known else "it has none",
+                    )
+                elif own > 1 and not self.known[name].per_model:
+                    raise FormatError(f"{line}{name} belongs to the merge as a whole, not to one of its models")
+
+    def _all_settings(self) -> Iterator[tuple[Settings, int]]:
+        """Yield every level of settings, and for those of one model how many models are beside it."""
+        yield self.recipe.settings, 0
+        for module in self.modules:
+            yield module.settings, 0
+            for piece in module.slices:
+                yield piece.settings, 0
+                for part in piece.parts:
+                    yield part.settings, len(piece.parts)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _input(self, part: Part) -> Input:
+        return self.inputs.get(part.model)
+
+    # --- what comes out
+
+    def result(self) -> Checkpoint:
+        """Compose the checkpoint."""
+        for module in self.modules:
+            for piece in module.slices:
+                self._check_arity(piece)
+        outputs = self._outputs()
+        self._check_filters(outputs)
+        tensors = {output.name: self._tensor(output) for output in outputs}
+        donor = self._donor()
+        files: dict[str, bytes] = {}
+        config = self._config(donor, tensors)
+        if config is not None and config != donor.config:
+            files["config.json"] = recipe_config.encode(config)
+        return Checkpoint(
+            tensors,
+            label=self.recipe.name or self.recipe.algorithm,
+            stored=list({id(item): item for member in self.members for item in member.model.stored}.values()),
+            shards=donor.shards if self._keeps_names(donor, tensors) else None,
+            config=config,
+            side_files=donor.side_files,
+            notes=[*dict.fromkeys(note for member in self.members for note in member.model.notes), *self.notes],
+            origin=Origin(self._record, files=files, counts=self.tally.counts()),
+        )
+
+    def _check_arity(self, piece: Slice) -> None:
+        base, models = self._roles(piece)
+        try:
+            self.algorithm.check_arity(len(models), base is not None)
+        except SurgeryError as error:
+            error.what = f"line {piece.line}: {error.what}"
+            raise
+        if self.algorithm.base == "required" and base is None:
+            raise FormatError(f"line {piece.line}: the base_model is not among the sources of this slice")
+
+    def _roles(self, piece: Slice) -> tuple[int | None, list[int]]:
+        """Tell the base from the models, by their numbers in the slice.
+
+        An algorithm that takes no base merges it as a model like others, the first of them.
+        """
+        reference = piece.base or self.recipe.base
+        numbers = list(range(len(piece.parts)))
+        base = next((number for number in numbers if piece.parts[number].model == reference), None)
+        if base is None:
+            return None, numbers
+        others = [number for number in numbers if number != base]
+        return (None, [base, *others]) if self.algorithm.base == "none" else (base, others)
+
+    def _outputs(self) -> list[_Output]:
+        """List every output tensor, in the order of the models.
+
+        Raises:
+            MismatchError: a name that two modules write, or a tensor of the first model that none does.
+        """
+        outputs: dict[str, _Output] = {}
+        for module in self.modules:
+            found = self._whole(module) if module.whole else self._stacked(module)
+            for output in found:
+                if output.name in outputs:
+                    raise MismatchError("is written by two modules", tensor=output.name)
+                outputs[output.name] = output
+        named = [module.name for module in self.modules if module.name]
+        if named:
+            first = self._input(self.modules[0].slices[0].parts[0]).model
+            left = [name for name in first.tensors if name not in outputs and not any(_belongs(name, m) for m in named)]
+            if left:
+                raise MismatchError(
+                    f"{len(left)} tensors belong to none of the modules {', '.join(named)}, {left[0]!r} among them",
+                    file=first.label, mend="name modules as the tensors' names do",
+                )  # fmt: skip
+        return list(outputs.values())
+
+    def _whole(self, module: Module) -> Iterator[_Output]:
+        """Merge all tensors of all models under their own names."""
+        (piece,) = module.slices
+        names = [self._names(module, part) for part in piece.parts]
+        stacks = stacks_of(names[0])
+        depths = {stack.name(number, end): number / (len(stack.layers) - 1 or 1) if len(stack.layers) > 1 else 1.0
+                  for stack in stacks.values() for number, layer in enumerate(stack.layers) for end in layer}  # fmt: skip
+        for name in dict.fromkeys(name for own in names for name in own):
+            t = depths.get(name, self._outside(comes_before(TensorSpec(name, "F32", (1, 1)))))
+            yield _Output(name, dict.fromkeys(range(len(names)), name), module, piece, t)
+
+    def _outside(self, before: bool) -> float:
+        """Return the ``t`` of tensors outside of the layers. mergekit has 0 for all, even for those at the end."""
+        return 0.0 if before or self.compat == MERGEKIT else 1.0
+
+    def _stacked(self, module: Module) -> Iterator[_Output]:
+        """Number the layers of all slices through; what stands before and after them goes with the first and last."""
+        stacks = {part.model: self._stack(module, part) for piece in module.slices for part in piece.parts}
+        first, last = module.slices[0], module.slices[-1]
+        prefix = stacks[first.parts[0].model].prefix
+        yield from self._around(module, first, stacks, before=True)
+        place = 0
+        for piece in module.slices:
+            ranges = [part.layers or (0, 0) for part in piece.parts]
+            length = ranges[0][1] - ranges[0][0]
+            for offset in range(length):
+                t = offset / (length - 1) if length > 1 else 1.0
+                ends = dict.fromkeys(
+                    end for part, (start, _) in zip(piece.parts, ranges, strict=True)
+                    for end in stacks[part.model].layers[start + offset]
+                )  # fmt: skip
+                for end in ends:
+                    names = {
+                        number: stacks[part.model].name(ranges[number][0] + offset, end)
+                        for number, part in enumerate(piece.parts)
+                    }
+                    yield _Output(Stack(prefix, ()).name(place + offset, end), names, module, piece, t)
+            place += length
+        yield from self._around(module, last, stacks, before=False)
+
+    def _stack(self, module: Module, part: Part) -> Stack:
+        model = self._input(part).model
+        stack = main_stack(model, self._names(module, part))
+        if part.layers and part.layers[1] > len(stack.layers):
+            raise MismatchError(
+                f"line {part.line}: layer_range {list(part.layers)} reaches beyond {model.label}, which has "
+                f"{len(stack.layers)} layers"
+            )
+        return stack
+
+    def _around(self, module: Module, piece: Slice, stacks: Mapping[Any, Stack], *, before: bool) -> Iterator[_Output]:
+        names: dict[str, None] = {}
+        for part in piece.parts:
+            model, stack = self._input(part).model, stacks[part.model]
+            inside = {stack.name(number, end) for number, layer in enumerate(stack.layers) for end in layer}
+            names |= dict.fromkeys(
+                name for name in self._names(module, part)
+                if name not in inside and comes_before(model.tensors[name].spec) == before
+            )  # fmt: skip
+        for name in names:
+            yield _Output(name, dict.fromkeys(range(len(piece.parts)), name), module, piece, self._outside(before))
+
+    def _names(self, module: Module, part: Part) -> list[str]:
+        """List the tensors of a model that belong to a module."""
+        model = self._input(part).model
+        names = [name for name in model.tensors if not module.name or _belongs(name, module.name)]
+        if not names:
+            tops = sorted({name.partition(".")[0] for name in model.tensors})
+            raise MismatchError(
+                f"line {module.line}: no tensor of {model.label} belongs to a module {module.name!r}",
+                mend=f"modules are parts of names; there are {join_shown(tops, 8)}",
+            )
+        return names
+
+    def _check_filters(self, outputs: Sequence[_Output]) -> None:
+        """Note filters that select nothing: mergekit's recipes hold such, so they are no error."""
+        names = {name for output in outputs for name in (output.name, *output.inputs.values())}
+        for settings, _ in self._all_settings():
+            for setting in settings.values():
+                for condition in setting.conditions:
+                    if not any(map(condition.fits, names)):
+                        self._note(f"line {condition.line}: the filter {condition.filter!r} is in no tensor's name")
+
+    # --- one tensor
+
+    def _tensor(self, output: _Output) -> LazyTensor:
+        """Compose one output tensor from headers alone."""
+        piece = output.slice
+        base, models = self._roles(piece)
+        members = {number: self._input(part) for number, part in enumerate(piece.parts)}
+        self._refuse_missing(output, members)
+        dtype = self.recipe.out_dtype or self.recipe.dtype
+        native = members[models[0] if base is None else base]
+        first = native.model.tensors[output.inputs[models[0] if base is None else base]].spec
+        out_dtype = dtype or native.native[first.name]
+        levels = [piece.settings, output.module.settings, self.recipe.settings]
+        alone = piece.parts[models[0]].settings if len(piece.parts) == 1 else {}
+        whole = self._values([alone, *levels], output.name, output.t, per_model=False)
+        if len(models) == 1 and base is None and self._is_copy(whole, members[models[0]], output, models[0], out_dtype):
+            self.tally.copied += 1
+            return renamed(self._source(members[models[0]], output.inputs[models[0]]), output.name)
+        each = [
+            self._values([piece.parts[number].settings, *levels], output.inputs[number], output.t, per_model=True)
+            for number in models
+        ]
+        for number, member in members.items():
+            refuse_quantised(member.model, [output.inputs[number]])
+        order = models if base is None else [base, *models]
+        sources = {number: self._source(members[number], output.inputs[number]) for number in order}
+        numeric = any(source.spec.dtype in ARITHMETIC for source in sources.values())
+        self.tally.merged += numeric
+        self.tally.copied += not numeric
+        return merged(
+            output.name, [sources[number] for number in models], None if base is None else sources[base],
+            self.algorithm, whole, each, dtype=out_dtype if numeric else None,
+            labels=[members[number].model.label for number in order], compat=self.compat, seed=self.seed,
+            allow_nonfinite=self.allow_nonfinite,
+        )  # fmt: skip
+
+    def _refuse_missing(self, output: _Output, members: Mapping[int, Input]) -> None:
+        lacking = [number for number, member in members.items() if output.inputs[number] not in member.model.tensors]
+        if lacking:
+            having = [member.model.label for number, member in members.items() if number not in lacking]
+            raise MismatchError(
+                f"is not there, but in {join_shown(having)}",
+                file=members[lacking[0]].model.label, tensor=output.inputs[lacking[0]],
+            )  # fmt: skip
+
+    def _is_copy(self, whole: Mapping[str, Any], member: Input, output: _Output, number: int, dtype: str) -> bool:
+        """Say whether the tensor only takes another place: copied as bytes, whatever it holds."""
+        spec = member.model.tensors[output.inputs[number]].spec
+        untouched = spec.dtype == member.native[spec.name]  # no adapter changed it
+        plain = all(value == 1.0 for value in whole.values())
+        keeps = spec.dtype == dtype or spec.dtype not in ARITHMETIC
+        return self.algorithm.name == "passthrough" and plain and keeps and untouched
+
+    def _values(
+        self, levels: Sequence[Settings], tensor: str, t: float, *, per_model: bool
+    ) -> dict[str, float | bool]:
+        """Choose the values that a recipe gives for one tensor, by the algorithm's own names."""
+        found: dict[str, Any] = {}
+        for name, parameter in self.known.items():
+            if parameter.per_model == per_model:
+                value = first_value(levels, name, tensor, t)
+                if value is not None:
+                    found[parameter.name] = self._checked(parameter, value, name, levels)
+        return found
+
+    @staticmethod
+    def _checked(parameter: Parameter, value: Any, name: str, levels: Sequence[Settings]) -> float | bool:
+        try:
+            return parameter.check(value)
+        except SurgeryError as error:
+            line = next(level[name].line for level in levels if name in level)
+            raise FormatError(f"line {line}: {name}: {error.what}") from None
+
+    def _source(self, member: Input, name: str) -> LazyTensor:
+        """Return a member's tensor, fingerprinted as it is read."""
+        number = next((place for place, known in enumerate(self.members) if known is member), len(self.members))
+        if number == len(self.members):
+            self.members.append(member)
+        own = self.traced.setdefault(number, {})
+        if name not in own:
+            own[name] = provenance.Traced(member.model.tensors[name])
+        return own[name]
+
+    # --- beside the tensors
+
+    def _donor(self) -> Checkpoint:
+        """Return the model whose configuration and side files the output has: the base, else the first."""
+        return self.inputs.get(next(self.recipe.references())).model
+
+    @staticmethod
+    def _keeps_names(donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> bool:
+        return set(donor.tensors) == set(tensors)
+
+    def _config(self, donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, Any] | None:
+        if donor.config is None:
+            return None
+        layers: list[recipe_config.LayerOrigin] | None = None
+        main = [module for module in self.modules if not module.whole]
+        if len(main) == 1:
+            layers = [
+                (self._input(piece.parts[0]).model.config, number)
+                for piece in main[0].slices
+                for number in range(*(piece.parts[0].layers or (0, 0)))
+            ]
+        return recipe_config.corrected(
+            donor.config, layers=layers, dtype=self.recipe.out_dtype or self.recipe.dtype,
+            tied=self._tied(donor, tensors),
+        )  # fmt: skip
+
+    @staticmethod
+    def _tied(donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> bool | None:
+        """A head that the merge writes although the donor's configuration ties it is untied."""
+        heads = ("lm_head.weight", "embed_out.weight")
+        gains = any(name in tensors and name not in donor.tensors for name in heads)
+        return False if gains and (donor.config or {}).get("tie_word_embeddings") else None
+
+    def _record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """Compose the provenance record: the recipe's own words, and a fingerprint of every input."""
+        draft = provenance.PLACEHOLDER in fingerprints.values()
+        inputs = []
+        for number, member in enumerate(self.members):
+            prints = {} if draft else {name: tensor.fingerprint() for name, tensor in self.traced[number].items()}
+            whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
+            inputs.append({"role": "model", "name": member.model.label, "fingerprint": whole})
+        parameters = {"algorithm": self.algorithm.name, "compat": self.compat}
+        if self.algorithm.random:
+            parameters |= {"seed": str(self.seed)}
+        tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
+        return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
+
+
+def _belongs(name: str, module: str) -> bool:
+    """Say whether a module's name is a part of a tensor's; ``default`` is the whole model."""
+    return module == "default" or f".{module}." in f".{name}"
+
