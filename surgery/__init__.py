@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.checkpoint import open_checkpoint as open
     from surgery.errors import SurgeryError
+    from surgery.operations.algorithms import algorithms
     from surgery.operations.convert import convert
     from surgery.operations.diff import diff
     from surgery.operations.extract_lora import extract_lora
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "SurgeryError",
     "__version__",
+    "algorithms",
     "convert",
     "diff",
     "extract_lora",
@@ -52,6 +54,7 @@ _HOMES = {
     "Adapter": ("surgery.adapter", "Adapter"),
     "Checkpoint": ("surgery.checkpoint", "Checkpoint"),
     "SurgeryError": ("surgery.errors", "SurgeryError"),
+    "algorithms": ("surgery.operations.algorithms", "algorithms"),
     "convert": ("surgery.operations.convert", "convert"),
     "diff": ("surgery.operations.diff", "diff"),
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),

@@ -121,10 +121,10 @@ def widen(tensor: LazyTensor, start: int, stop: int, out: torch.Tensor) -> torch
 
 
 def narrow(values: torch.Tensor, spec: TensorSpec, out: memoryview, *, allow_nonfinite: bool = False) -> None:
-    """Round float64 ``values`` once, to nearest even, into the bytes of ``spec``'s dtype.
+    """Round ``values`` once, to nearest even, into the bytes of ``spec``'s dtype.
 
     Args:
-        values: float64, flat; overwritten where the dtype is float16 or bfloat16.
+        values: float64 or float32, flat.
         spec: gives the dtype, one of :data:`surgery.tensor.ARITHMETIC`.
         out: the bytes to fill.
         allow_nonfinite: let NaN, Inf and overflow through.
@@ -135,7 +135,8 @@ def narrow(values: torch.Tensor, spec: TensorSpec, out: memoryview, *, allow_non
     if not values.numel():
         return
     target = view(spec, out, values.numel())
-    target.copy_(values if spec.dtype in ("F64", "F32") else _round_to_odd(values, _EXTRA_BITS[spec.dtype]))
+    twice = values.dtype == torch.float64 and spec.dtype in _EXTRA_BITS
+    target.copy_(_round_to_odd(values, _EXTRA_BITS[spec.dtype]) if twice else values)
     if allow_nonfinite:
         return
     # One pass: a sum is finite unless a term is not (or, rarely, it overflows: then look closely).

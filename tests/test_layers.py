@@ -17,15 +17,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("numerics", "delta"),
     ("algorithms",),
+    ("merged",),
     ("sources",),
     ("provenance", "plan", "writer", "execute"),
     ("checkpoint", "history", "adapter"),
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "algorithms"}
+TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
-HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify"}
+HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify", "algorithms"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 
 ORDER = {room: (number, place) for number, layer in enumerate(LAYERS) for place, room in enumerate(layer)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+from surgery.algorithms.registry import COMPAT, find
 from surgery.cli import options
 from surgery.cli.writing import write
 from surgery.errors import FormatError, UsageError
@@ -11,16 +14,30 @@ from surgery.formats.safetensors import strict_object
 from surgery.sources import local
 
 
-@click.command("merge", short_help="Merge adapters into a base.")
+@click.command("merge", short_help="Merge adapters into a base, or models by an algorithm.")
 @click.argument("base", type=click.Path())
-@click.argument("adapters", type=click.Path(), nargs=-1, required=True)
+@click.argument("others", type=click.Path(), nargs=-1, required=True)
+@click.option(
+    "--algorithm", "--method", "algorithm", metavar="NAME", help="Merge models: surgery algorithms lists how."
+)
 @click.option(
     "--coeff",
     type=float,
     multiple=True,
     metavar="C",
-    help="Once for all adapters, or once for each; 1 by default, any sign.",
+    help="Once for all, or once for each; 1 by default, any sign.",
 )
+@click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE",
+              help="A parameter of the algorithm; repeated, or NAME=V,V, one value a model.")  # fmt: skip
+@click.option("--compat", type=click.Choice(COMPAT), default="paper", show_default=True,
+              help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="For algorithms that draw random numbers.")
+@click.option(
+    "--dtype", metavar="DTYPE", help="F64, F32, BF16 or F16, of merged weights; the first input's by default."
+)
+@click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without.")
+@click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
+              help="What to do with a tensor that some input lacks.")  # fmt: skip
 @click.option("--name-map", type=click.Path(), metavar="FILE", help="JSON: names in the adapter → names in the base.")
 @click.option(
     "--allow-base-mismatch", is_flag=True, help="Merge although an adapter was taken from another base, or is in there."
@@ -33,28 +50,74 @@ from surgery.sources import local
 @options.progress
 @options.common
 def command(
-    base: str, adapters: tuple[str, ...], coeff: tuple[float, ...], name_map: str | None, allow_base_mismatch: bool,
-    allow_incomplete: bool, allow_nonfinite: bool, out: str, overwrite: bool, dry_run: bool, max_shard_size: int | None,
-    jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
+    base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
+    compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: str | None,
+    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, out: str, overwrite: bool, dry_run: bool,
+    max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
-    """Merge ADAPTERS into BASE.
+    """Merge OTHERS into BASE: adapters, or with --algorithm models.
 
-    Each weight becomes W + Σ c·ΔW, summed in float64 and rounded once; what no adapter touches is copied as bytes.
-    PEFT LoRA adapters are understood with rank and alpha patterns, rsLoRA, DoRA, biases, saved modules and token rows.
+    Adapters: each weight becomes W + Σ c·ΔW, summed in float64 and rounded once; what no adapter touches is copied as
+    bytes. PEFT LoRA adapters are understood with rank and alpha patterns, rsLoRA, DoRA, biases, saved modules and token
+    rows.
+
+    Models: every tensor is merged by the algorithm, rounded once. Algorithms that need no base take BASE as their first
+    model.
 
     \b
       surgery merge base adapter -o merged
       surgery merge base math code --coeff 0.6 --coeff 0.4 -o both
       surgery merge base style --coeff -1 -o negated
+      surgery merge base ft1 ft2 --algorithm ties -p density=0.5 -o merged
+      surgery merge ft1 ft2 --algorithm linear -o average
     """
+    parameters = _parameters(algorithm, given)
+    if coeff:
+        parameters["coeff"] = list(coeff) if len(coeff) > 1 else coeff[0]
+    if not algorithm and (dtype or with_base):
+        raise UsageError("--dtype and --with-base belong to an algorithm", mend="name one: --algorithm ties")
     from surgery.operations.merge import merge  # brings torch, which --help must not pay for
 
     merged = merge(
-        base, *adapters, coeff=list(coeff) if coeff else 1.0, name_map=_name_map(name_map),
+        base, *others, algorithm=algorithm, name_map=_name_map(name_map),
         allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,
+        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, **parameters,
     )  # fmt: skip
     write(merged, out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress)  # fmt: skip
+
+
+def _parameters(algorithm: str | None, given: tuple[str, ...]) -> dict[str, Any]:
+    """Parse ``-p NAME=VALUE`` against the algorithm's row of the registry."""
+    if algorithm is None:
+        if given:
+            raise UsageError(f"-p {given[0]} belongs to an algorithm", mend="name one: --algorithm ties")
+        return {}
+    row = find(algorithm)
+    found: dict[str, list[float | bool]] = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise UsageError(f"-p takes NAME=VALUE, not {text!r}")
+        name = name.strip().replace("-", "_")
+        found.setdefault(name, []).extend(row.parameter(name).check(_number(name, v)) for v in values.split(","))
+    for name, numbers in found.items():
+        if len(numbers) > 1 and not row.parameter(name).per_model:
+            raise UsageError(f"{name} is one value for the merge, {len(numbers)} were given")
+    return {name: numbers if len(numbers) > 1 else numbers[0] for name, numbers in found.items()}
+
+
+_WORDS = {"true": True, "false": False, "yes": True, "no": False}
+
+
+def _number(name: str, text: str) -> float | bool:
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name} is a number, not {text!r}") from None
 
 
 def _name_map(path: str | None) -> dict[str, str] | None:

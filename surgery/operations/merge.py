@@ -1,4 +1,4 @@
-"""``merge``: put adapters into the weights of a base."""
+"""``merge``: put adapters into the weights of a base, or merge whole models by an algorithm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, is_adapter, open_adapter
+from surgery.algorithms.registry import PAPER, Algorithm, find
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
+from surgery.operations.merge_models import Missing, Value, merge_models
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
 AdapterSource = str | os.PathLike[str] | Adapter
@@ -23,34 +25,53 @@ AdapterSource = str | os.PathLike[str] | Adapter
 
 def merge(
     base: Source,
-    *adapters: AdapterSource,
-    coeff: float | Sequence[float] = 1.0,
+    *others: Source | AdapterSource,
+    algorithm: str | Algorithm | None = None,
+    coeff: Value | None = None,
     name_map: Mapping[str, str] | None = None,
     allow_base_mismatch: bool = False,
     allow_incomplete: bool = False,
     allow_nonfinite: bool = False,
+    with_base: bool | None = None,
+    dtype: str | None = None,
+    compat: str = PAPER,
+    seed: int = 0,
+    missing: Missing = "refuse",
+    **parameters: Value,
 ) -> Checkpoint:
-    r"""Merge adapters into a base.
+    r"""Merge adapters into a base, or models by an algorithm.
 
-    Every touched weight becomes ``round(W + Σᵢ cᵢ · Δᵢ)`` with ``Δ = scaling · B @ A`` for LoRA and ``Δ = new − W`` for
+    *With an algorithm*, models are merged tensor by tensor; ``surgery algorithms`` lists what there is. Those that need
+    no base take ``base`` as their first model.
+
+    *Without*, every touched weight becomes ``round(W + Σᵢ cᵢ · Δᵢ)`` with ``Δ = scaling · B @ A`` for LoRA and ``Δ = new − W`` for
     tensors that an adapter stores in full. Sums are taken in float64 and rounded once to the weight's own dtype;
     untouched tensors, and full replacements with ``c = 1``, are copied as bytes.
 
     Args:
         base: the checkpoint to merge into.
-        adapters: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects.
-        coeff: one coefficient for all adapters, or one for each; any finite number.
+        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects;
+            with an algorithm also models.
+        algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
+        coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
+            or a function of the tensor's name.
         name_map: names in the adapters → names in the base, for models whose modules are not called as on disk.
         allow_base_mismatch: merge although an adapter was taken from another base, or is in there already.
         allow_incomplete: merge adapters that lack modules which their configuration names.
         allow_nonfinite: let NaN, Inf and overflow through.
+        with_base: with an algorithm whose base is optional: whether the first input is the base.
+        dtype: with an algorithm: of merged tensors; the base's or the first model's by default.
+        compat: with an algorithm: ``"paper"``, or ``"mergekit"`` for mergekit 0.1.5's semantics where they differ.
+        seed: with an algorithm: keys random draws.
+        missing: with an algorithm: ``"refuse"`` a tensor that some input lacks, or ``"copy"`` it.
+        **parameters: with an algorithm: its own (``density``, ``t`` …), given as ``coeff`` is.
 
     Returns:
         The merged checkpoint, lazily: nothing is computed before a tensor is looked at or saved.
 
     Raises:
-        UsageError: no adapter, or a checkpoint where an adapter belongs.
-        MismatchError: an adapter does not fit this base.
+        UsageError: no adapter, a checkpoint where an adapter belongs, or parameters that do not fit.
+        MismatchError: an adapter, or a model, does not fit this base.
 
     >>> import torch
     >>> merged = merge({"q.weight": torch.zeros(2, 2)}, Adapter(
@@ -59,12 +80,25 @@ def merge(
     ...     {"peft_type": "LORA", "r": 1, "lora_alpha": 2}, label="demo"))
     >>> merged["q.weight"].tolist()
     [[2.0, 2.0], [2.0, 2.0]]
+    >>> merge({"w": torch.zeros(2)}, {"w": torch.ones(2)}, algorithm="task_arithmetic", coeff=0.5)["w"].tolist()
+    [0.5, 0.5]
     """
-    coeffs = spread(coeff, len(adapters))
-    for source in adapters:
+    if algorithm is not None:
+        row = find(algorithm) if isinstance(algorithm, str) else algorithm
+        own = row.base == "required" if with_base is None else with_base
+        return merge_models(
+            others if own else (base, *others), algorithm=row, base=base if own else None,
+            parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
+            dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+    if parameters or dtype or with_base is not None:
+        given = next(iter(parameters), "dtype" if dtype else "with_base")
+        raise UsageError(f"{given} belongs to an algorithm: name one, as algorithm='ties'")
+    coeffs = spread(1.0 if coeff is None else coeff, len(others))
+    for source in others:
         _refuse_checkpoint(source)
     checkpoint = open_checkpoint(base)
-    opened = [open_adapter(source) for source in adapters]
+    opened = [open_adapter(source) for source in others if not isinstance(source, Mapping)]
     bindings = [
         bind(adapter, checkpoint, coeff=c, name_map=name_map, allow_incomplete=allow_incomplete)
         for adapter, c in zip(opened, coeffs, strict=True)
@@ -86,7 +120,22 @@ def merge(
     )
 
 
-def spread(coeff: float | Sequence[float], count: int) -> list[float]:
+def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Return the base with an adapter merged into it, not rounded: touched weights are float32 at least."""
+    binding = bind(adapter, base)
+    tensors = dict(base.tensors)
+    require_arithmetic(base, sorted(binding.updates))
+    for name, updates in binding.updates.items():
+        wide = "F64" if tensors[name].spec.dtype == "F64" else "F32"
+        labels = [base.label] + [adapter.label] * len(updates)
+        tensors[name] = Applied(tensors[name], updates, wide, labels=labels)
+    return Checkpoint(
+        tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
+        notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}),
+    )  # fmt: skip
+
+
+def spread(coeff: Value, count: int) -> list[float]:
     """Turn ``--coeff`` into one coefficient an adapter.
 
     Raises:
@@ -94,6 +143,8 @@ def spread(coeff: float | Sequence[float], count: int) -> list[float]:
     """
     if count == 0:
         raise UsageError("nothing to merge: name at least one adapter after the base")
+    if callable(coeff) or isinstance(coeff, Mapping):
+        raise UsageError("adapters take a number as coefficient, the same for all tensors", mend="name an algorithm")
     given = [float(coeff)] if isinstance(coeff, int | float) else [float(c) for c in coeff]
     if len(given) not in (1, count):
         raise UsageError(f"{len(given)} coefficients for {count} adapters", mend="give --coeff once, or once for each")
@@ -102,16 +153,19 @@ def spread(coeff: float | Sequence[float], count: int) -> list[float]:
     return given * count if len(given) == 1 else given
 
 
-def _refuse_checkpoint(source: AdapterSource) -> None:
+def _refuse_checkpoint(source: Source | AdapterSource) -> None:
     if isinstance(source, Adapter) or is_adapter(source):
         return
     if isinstance(source, Mapping):
-        raise UsageError("an adapter is a folder or a surgery.Adapter, not a state dict")
+        raise UsageError(
+            "an adapter is a folder or a surgery.Adapter, not a state dict",
+            mend="to merge models name an algorithm, as algorithm='task_arithmetic'",
+        )
     open_checkpoint(source)  # a path that is not there, or is malformed, says so itself
     raise UsageError(
-        "is a checkpoint, not an adapter: merging whole models needs an algorithm, which this version does not have",
+        "is a checkpoint, not an adapter: merging whole models needs an algorithm",
         file=os.fspath(source),
-        mend=f"take a delta out of it first: surgery extract-lora BASE {os.fspath(source)} --rank 32",
+        mend="add --algorithm task_arithmetic (surgery algorithms lists them)",
     )
 
 

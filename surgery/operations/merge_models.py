@@ -1,0 +1,241 @@
+"""Merging whole models by an algorithm: what ``merge`` does where an algorithm is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from surgery import provenance
+from surgery.adapter import is_adapter, open_adapter
+from surgery.algorithms.registry import PAPER, Algorithm, find, resolve
+from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, refuse_quantised
+from surgery.errors import MismatchError, UsageError
+from surgery.merged import merged
+from surgery.names import Pattern, align, select
+from surgery.report import join_shown
+from surgery.tensor import ARITHMETIC, LazyTensor, renamed
+
+OneOrEach = float | Sequence[float]
+"""One number, or one for each model."""
+Value = OneOrEach | Mapping[str, OneOrEach] | Callable[[str], OneOrEach]
+"""A parameter's value: the same for all tensors, by name pattern (the first that matches), or a function of the name."""
+Missing = Literal["refuse", "copy"]
+
+
+def merge_models(
+    models: Sequence[Any],
+    *,
+    algorithm: str | Algorithm,
+    base: Any = None,
+    parameters: Mapping[str, Value] | None = None,
+    dtype: str | None = None,
+    compat: str = PAPER,
+    seed: int = 0,
+    missing: Missing = "refuse",
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """Merge models, tensor by tensor, by one algorithm.
+
+    Args:
+        models: checkpoints of one architecture; with a base also adapters of it, which stand for the base with the
+            adapter merged into it, unrounded.
+        algorithm: its name, or a row of :data:`surgery.algorithms.registry.ALGORITHMS`.
+        base: the base, for algorithms that take one; it decides names, files, dtypes and configuration, else the
+            first model does.
+        parameters: ``coeff``, ``density`` … → a number, a list (one a model), ``{pattern: number or list}``, or a
+            function of the tensor's name.
+        dtype: of merged tensors (``"BF16"`` …); that of the base or first model by default.
+        compat: ``"paper"``, or ``"mergekit"`` for mergekit 0.1.5's semantics where they differ.
+        seed: keys random draws, together with the tensor's name.
+        missing: what to do with a tensor that some input lacks: refuse, or copy it from the first that has it.
+        allow_nonfinite: let NaN, Inf and overflow through.
+
+    Returns:
+        The merged checkpoint, lazily.
+
+    Raises:
+        UsageError: an algorithm or parameter that is not known, or a number of models that does not fit it.
+        MismatchError: tensors that are missing, of different shapes, or no numbers and different.
+
+    >>> import torch
+    >>> a, b = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    >>> merge_models([a, b], algorithm="linear", parameters={"coeff": [1, 3]})["w"].tolist()
+    [0.75, 0.75]
+    """
+    row = find(algorithm) if isinstance(algorithm, str) else algorithm
+    row.check_arity(len(models), base is not None)
+    if dtype is not None and dtype not in ARITHMETIC:
+        raise UsageError(f"--dtype can be {', '.join(ARITHMETIC)}, not {dtype!r}")
+    opened = None if base is None else open_checkpoint(base)
+    inputs = [_open_input(model, opened) for model in models]
+    reference = inputs[0] if opened is None else opened
+    members = inputs if opened is None else [opened, *inputs]
+    work = _Work(row, members, opened is not None, missing)
+    values = _Values(row, len(models), parameters or {}, sorted(work.names))
+    tensors = {
+        name: work.output(name, values.of(name), dtype=dtype, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
+        for name in work.names
+    }
+    said = {"algorithm": row.name, "compat": compat, **values.described()} | ({"seed": seed} if row.random else {})
+    return Checkpoint(
+        tensors,
+        label=f"{row.name}({', '.join(member.label for member in members)})",
+        stored=[stored for member in members for stored in member.stored],
+        shards=reference.shards,
+        config=reference.config,
+        side_files=reference.side_files,
+        notes=[*dict.fromkeys(note for member in members for note in member.notes), *work.notes],
+        origin=Origin(work.recorder(said | ({"dtype": dtype} if dtype else {})), counts=work.counts()),
+    )
+
+
+def _open_input(source: Any, base: Checkpoint | None) -> Checkpoint:
+    """Open a model; an adapter becomes the base with the adapter in it."""
+    if not is_adapter(source):
+        return open_checkpoint(source)
+    adapter = open_adapter(source)
+    if base is None:
+        raise UsageError(
+            f"{adapter.label} is an adapter, which is a model only together with its base",
+            mend="use an algorithm that takes a base (task_arithmetic, ties …), or merge it into its base first",
+        )
+    from surgery.operations.merge import as_model  # the other way round, merge calls this module
+
+    return as_model(base, adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The parameters of one tensor."""
+
+    whole: Mapping[str, Any]
+    each: Sequence[Mapping[str, Any]]
+
+
+class _Values:
+    """Parameters as given, looked up tensor by tensor."""
+
+    def __init__(self, row: Algorithm, count: int, given: Mapping[str, Value], names: Sequence[str]) -> None:
+        self._row = row
+        self._count = count
+        self._given = dict(given)
+        self._patterns: dict[str, list[tuple[Pattern, OneOrEach]]] = {}
+        for key, value in given.items():
+            row.parameter(key)
+            if isinstance(value, Mapping):
+                pairs = [(Pattern(text), item) for text, item in value.items()]
+                select(names, [pattern for pattern, _ in pairs], key)
+                self._patterns[key] = pairs
+
+    def of(self, name: str) -> _Chosen:
+        """Choose the values for one tensor."""
+        whole: dict[str, Any] = {}
+        each: list[dict[str, Any]] = [{} for _ in range(self._count)]
+        for key in self._given:
+            value = self._look_up(key, name)
+            if value is None:
+                continue
+            if not isinstance(value, Sequence):
+                whole[key] = value
+            elif len(value) != self._count:
+                raise UsageError(f"{len(value)} values of {key} for {self._count} models")
+            else:
+                for own, item in zip(each, value, strict=True):
+                    own[key] = item
+        resolve(self._row, self._count, whole, each)
+        return _Chosen(whole, each)
+
+    def _look_up(self, key: str, name: str) -> OneOrEach | None:
+        value = self._given[key]
+        if key in self._patterns:
+            return next((item for pattern, item in self._patterns[key] if pattern.matches(name)), None)
+        if callable(value):
+            return value(name)
+        assert not isinstance(value, Mapping)  # those have patterns
+        return value
+
+    def described(self) -> dict[str, Any]:
+        """Say the values as given, for the record."""
+        return {
+            key: getattr(value, "__name__", "a function") if callable(value) else _plain(value)
+            for key, value in self._given.items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, Sequence) else value
+
+
+class _Work:
+    """One merge of models: which input has what, and what its record will say."""
+
+    def __init__(self, row: Algorithm, members: Sequence[Checkpoint], has_base: bool, missing: Missing) -> None:
+        self.row = row
+        self.members = members
+        self.notes: list[str] = []
+        self._has_base = has_base
+        self._tensors: list[dict[str, LazyTensor]] = []
+        for member in members:
+            self._tensors.append(self._spelled(member))
+        self.names = list(dict.fromkeys(name for tensors in self._tensors for name in tensors))
+        self._everywhere = {name for name in self.names if all(name in tensors for tensors in self._tensors)}
+        if missing == "refuse":
+            self._refuse_missing()
+        for member in members:
+            refuse_quantised(member, self._everywhere)
+
+    def _spelled(self, member: Checkpoint) -> dict[str, LazyTensor]:
+        """Give a member's tensors the first member's names, traced."""
+        alignment = align(list(self.members[0].tensors), list(member.tensors))
+        self.notes += [f"{member.label}: {note}" for note in alignment.notes]
+        return {
+            spelled: provenance.Traced(renamed(member.tensors[name], spelled))
+            for name, spelled in alignment.names.items()
+        }
+
+    def _refuse_missing(self) -> None:
+        for name in self.names:
+            without = [m.label for m, own in zip(self.members, self._tensors, strict=True) if name not in own]
+            if without:
+                having = [m.label for m, own in zip(self.members, self._tensors, strict=True) if name in own]
+                raise MismatchError(
+                    f"is not there, but in {join_shown(having)}", file=without[0], tensor=name,
+                    mend="--missing copy takes it from the first that has it",
+                )  # fmt: skip
+
+    def output(self, name: str, chosen: _Chosen, **options: Any) -> LazyTensor:
+        """Compose one output tensor."""
+        if name not in self._everywhere:
+            return next(own[name] for own in self._tensors if name in own)
+        inputs = [own[name] for own in self._tensors]
+        base = inputs.pop(0) if self._has_base else None
+        labels = [member.label for member in self.members]
+        return merged(name, inputs, base, self.row, chosen.whole, chosen.each, labels=labels, **options)
+
+    def counts(self) -> dict[str, int]:
+        """Count what happens to tensors."""
+        numbers = sum(self._tensors[0][name].spec.dtype in ARITHMETIC for name in self._everywhere)
+        return {"merged": numbers, "copied": len(self.names) - numbers}
+
+    def recorder(self, parameters: Mapping[str, Any]) -> Callable[[Mapping[str, str]], dict[str, Any]]:
+        """Compose the provenance record, with a fingerprint of every input."""
+
+        def record(fingerprints: Mapping[str, str]) -> dict[str, Any]:
+            draft = provenance.PLACEHOLDER in fingerprints.values()
+            inputs = []
+            for number, (member, own) in enumerate(zip(self.members, self._tensors, strict=True)):
+                prints = {} if draft else {name: _fingerprint(tensor) for name, tensor in own.items()}
+                whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
+                role = "base" if self._has_base and number == 0 else "model"
+                inputs.append({"role": role, "name": member.label, "fingerprint": whole})
+            tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
+            return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
+
+        return record
+
+
+def _fingerprint(tensor: LazyTensor) -> str:
+    return tensor.fingerprint() if isinstance(tensor, provenance.Traced) else provenance.fingerprint(tensor)
