@@ -17,12 +17,11 @@ from surgery.formats.yaml_strict import did_you_mean
 from surgery.merged import merged
 from surgery.operations import recipe_config
 from surgery.operations.recipe_inputs import Input, Inputs, last_stage
-from surgery.operations.recipe_layers import Stack, comes_before, main_stack, stacks_of
+from surgery.operations.recipe_outputs import Outline, Output
 from surgery.report import join_shown
 from surgery.sources import local
-from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
+from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
-SUFFIXES = (".yml", ".yaml")
 ACCEPTED: Mapping[str, str] = {
     "int8_mask": "saves memory in mergekit and changes no value; surgery's blocks need none of it",
 }
@@ -61,7 +60,7 @@ def merge_recipe(
         last = last_stage(recipes)
 
         def make(stage: Recipe, inputs: Inputs) -> Checkpoint:
-            return _Merge(stage, inputs, compat, seed, allow_nonfinite).result()
+            return _Merge(stage, data.decode(), inputs, compat, seed, allow_nonfinite).result()
 
         return make(last, Inputs(recipes, make))
     except SurgeryError as error:
@@ -70,18 +69,6 @@ def merge_recipe(
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     return local.read_small(local.resolve(path))
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """One output tensor: where its inputs are, and which settings decide."""
-
-    name: str
-    inputs: Mapping[int, str]
-    """Number of the part in its slice → the tensor's name there."""
-    module: Module
-    slice: Slice
-    t: float
 
 
 @dataclass
@@ -100,6 +87,8 @@ class _Merge:
     """One stage in the making."""
 
     recipe: Recipe
+    text: str
+    """The whole file, for the record."""
     inputs: Inputs
     compat: str
     seed: int
@@ -110,6 +99,7 @@ class _Merge:
         self.algorithm = find(self.recipe.algorithm)
         self.known = {parameter.recipe_name: parameter for parameter in self.algorithm.parameters}
         self.modules = [self._with_base(module) for module in self.recipe.modules]
+        self.outline = Outline(self.modules, self.inputs, self.compat)
         self.traced: dict[int, dict[str, provenance.Traced]] = {}
         self.members: list[Input] = []
         self.tally = _Tally()
@@ -167,7 +157,7 @@ class _Merge:
         for module in self.modules:
             for piece in module.slices:
                 self._check_arity(piece)
-        outputs = self._outputs()
+        outputs = self.outline.outputs()
         self._check_filters(outputs)
         tensors = {output.name: self._tensor(output) for output in outputs}
         donor = self._donor()
@@ -209,105 +199,7 @@ class _Merge:
         others = [number for number in numbers if number != base]
         return (None, [base, *others]) if self.algorithm.base == "none" else (base, others)
 
-    def _outputs(self) -> list[_Output]:
-        """List every output tensor, in the order of the models.
-
-        Raises:
-            MismatchError: a name that two modules write, or a tensor of the first model that none does.
-        """
-        outputs: dict[str, _Output] = {}
-        for module in self.modules:
-            found = self._whole(module) if module.whole else self._stacked(module)
-            for output in found:
-                if output.name in outputs:
-                    raise MismatchError("is written by two modules", tensor=output.name)
-                outputs[output.name] = output
-        named = [module.name for module in self.modules if module.name]
-        if named:
-            first = self._input(self.modules[0].slices[0].parts[0]).model
-            left = [name for name in first.tensors if name not in outputs and not any(_belongs(name, m) for m in named)]
-            if left:
-                raise MismatchError(
-                    f"{len(left)} tensors belong to none of the modules {', '.join(named)}, {left[0]!r} among them",
-                    file=first.label, mend="name modules as the tensors' names do",
-                )  # fmt: skip
-        return list(outputs.values())
-
-    def _whole(self, module: Module) -> Iterator[_Output]:
-        """Merge all tensors of all models under their own names."""
-        (piece,) = module.slices
-        names = [self._names(module, part) for part in piece.parts]
-        stacks = stacks_of(names[0])
-        depths = {stack.name(number, end): number / (len(stack.layers) - 1 or 1) if len(stack.layers) > 1 else 1.0
-                  for stack in stacks.values() for number, layer in enumerate(stack.layers) for end in layer}  # fmt: skip
-        for name in dict.fromkeys(name for own in names for name in own):
-            t = depths.get(name, self._outside(comes_before(TensorSpec(name, "F32", (1, 1)))))
-            yield _Output(name, dict.fromkeys(range(len(names)), name), module, piece, t)
-
-    def _outside(self, before: bool) -> float:
-        """Return the ``t`` of tensors outside of the layers. mergekit has 0 for all, even for those at the end."""
-        return 0.0 if before or self.compat == MERGEKIT else 1.0
-
-    def _stacked(self, module: Module) -> Iterator[_Output]:
-        """Number the layers of all slices through; what stands before and after them goes with the first and last."""
-        stacks = {part.model: self._stack(module, part) for piece in module.slices for part in piece.parts}
-        first, last = module.slices[0], module.slices[-1]
-        prefix = stacks[first.parts[0].model].prefix
-        yield from self._around(module, first, stacks, before=True)
-        place = 0
-        for piece in module.slices:
-            ranges = [part.layers or (0, 0) for part in piece.parts]
-            length = ranges[0][1] - ranges[0][0]
-            for offset in range(length):
-                t = offset / (length - 1) if length > 1 else 1.0
-                ends = dict.fromkeys(
-                    end for part, (start, _) in zip(piece.parts, ranges, strict=True)
-                    for end in stacks[part.model].layers[start + offset]
-                )  # fmt: skip
-                for end in ends:
-                    names = {
-                        number: stacks[part.model].name(ranges[number][0] + offset, end)
-                        for number, part in enumerate(piece.parts)
-                    }
-                    yield _Output(Stack(prefix, ()).name(place + offset, end), names, module, piece, t)
-            place += length
-        yield from self._around(module, last, stacks, before=False)
-
-    def _stack(self, module: Module, part: Part) -> Stack:
-        model = self._input(part).model
-        stack = main_stack(model, self._names(module, part))
-        if part.layers and part.layers[1] > len(stack.layers):
-            raise MismatchError(
-                f"line {part.line}: layer_range {list(part.layers)} reaches beyond {model.label}, which has "
-                f"{len(stack.layers)} layers"
-            )
-        return stack
-
-    def _around(self, module: Module, piece: Slice, stacks: Mapping[Any, Stack], *, before: bool) -> Iterator[_Output]:
-        names: dict[str, None] = {}
-        for part in piece.parts:
-            model, stack = self._input(part).model, stacks[part.model]
-            inside = {stack.name(number, end) for number, layer in enumerate(stack.layers) for end in layer}
-            names |= dict.fromkeys(
-                name for name in self._names(module, part)
-                if name not in inside and comes_before(model.tensors[name].spec) == before
-            )  # fmt: skip
-        for name in names:
-            yield _Output(name, dict.fromkeys(range(len(piece.parts)), name), module, piece, self._outside(before))
-
-    def _names(self, module: Module, part: Part) -> list[str]:
-        """List the tensors of a model that belong to a module."""
-        model = self._input(part).model
-        names = [name for name in model.tensors if not module.name or _belongs(name, module.name)]
-        if not names:
-            tops = sorted({name.partition(".")[0] for name in model.tensors})
-            raise MismatchError(
-                f"line {module.line}: no tensor of {model.label} belongs to a module {module.name!r}",
-                mend=f"modules are parts of names; there are {join_shown(tops, 8)}",
-            )
-        return names
-
-    def _check_filters(self, outputs: Sequence[_Output]) -> None:
+    def _check_filters(self, outputs: Sequence[Output]) -> None:
         """Note filters that select nothing: mergekit's recipes hold such, so they are no error."""
         names = {name for output in outputs for name in (output.name, *output.inputs.values())}
         for settings, _ in self._all_settings():
@@ -318,7 +210,7 @@ class _Merge:
 
     # --- one tensor
 
-    def _tensor(self, output: _Output) -> LazyTensor:
+    def _tensor(self, output: Output) -> LazyTensor:
         """Compose one output tensor from headers alone."""
         piece = output.slice
         base, models = self._roles(piece)
@@ -352,7 +244,7 @@ class _Merge:
             allow_nonfinite=self.allow_nonfinite,
         )  # fmt: skip
 
-    def _refuse_missing(self, output: _Output, members: Mapping[int, Input]) -> None:
+    def _refuse_missing(self, output: Output, members: Mapping[int, Input]) -> None:
         lacking = [number for number, member in members.items() if output.inputs[number] not in member.model.tensors]
         if lacking:
             having = [member.model.label for number, member in members.items() if number not in lacking]
@@ -361,7 +253,7 @@ class _Merge:
                 file=members[lacking[0]].model.label, tensor=output.inputs[lacking[0]],
             )  # fmt: skip
 
-    def _is_copy(self, whole: Mapping[str, Any], member: Input, output: _Output, number: int, dtype: str) -> bool:
+    def _is_copy(self, whole: Mapping[str, Any], member: Input, output: Output, number: int, dtype: str) -> bool:
         """Say whether the tensor only takes another place: copied as bytes, whatever it holds."""
         spec = member.model.tensors[output.inputs[number]].spec
         untouched = spec.dtype == member.native[spec.name]  # no adapter changed it
@@ -369,9 +261,7 @@ class _Merge:
         keeps = spec.dtype == dtype or spec.dtype not in ARITHMETIC
         return self.algorithm.name == "passthrough" and plain and keeps and untouched
 
-    def _values(
-        self, levels: Sequence[Settings], tensor: str, t: float, *, per_model: bool
-    ) -> dict[str, float | bool]:
+    def _values(self, levels: Sequence[Settings], tensor: str, t: float, *, per_model: bool) -> dict[str, float | bool]:
         """Choose the values that a recipe gives for one tensor, by the algorithm's own names."""
         found: dict[str, Any] = {}
         for name, parameter in self.known.items():
@@ -412,16 +302,8 @@ class _Merge:
     def _config(self, donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, Any] | None:
         if donor.config is None:
             return None
-        layers: list[recipe_config.LayerOrigin] | None = None
-        main = [module for module in self.modules if not module.whole]
-        if len(main) == 1:
-            layers = [
-                (self._input(piece.parts[0]).model.config, number)
-                for piece in main[0].slices
-                for number in range(*(piece.parts[0].layers or (0, 0)))
-            ]
         return recipe_config.corrected(
-            donor.config, layers=layers, dtype=self.recipe.out_dtype or self.recipe.dtype,
+            donor.config, layers=self.outline.layer_origins(), dtype=self.recipe.out_dtype or self.recipe.dtype,
             tied=self._tied(donor, tensors),
         )  # fmt: skip
 
@@ -439,15 +321,12 @@ class _Merge:
         for number, member in enumerate(self.members):
             prints = {} if draft else {name: tensor.fingerprint() for name, tensor in self.traced[number].items()}
             whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
-            inputs.append({"role": "model", "name": member.model.label, "fingerprint": whole})
-        parameters = {"algorithm": self.algorithm.name, "compat": self.compat}
+            entry = {"role": "model", "name": member.model.label, "fingerprint": whole}
+            made = member.model.origin  # a stage, or a model with an adapter: its own inputs are the leaves
+            leaves = made.record(prints or dict.fromkeys(member.model.tensors, whole)).get("inputs") if made else None
+            inputs.append(entry | ({"inputs": leaves} if leaves else {}))
+        parameters: dict[str, Any] = {"algorithm": self.algorithm.name, "compat": self.compat, "recipe": self.text}
         if self.algorithm.random:
-            parameters |= {"seed": str(self.seed)}
+            parameters["seed"] = self.seed
         tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
         return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
-
-
-def _belongs(name: str, module: str) -> bool:
-    """Say whether a module's name is a part of a tensor's; ``default`` is the whole model."""
-    return module == "default" or f".{module}." in f".{name}"
-

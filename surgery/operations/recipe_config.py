@@ -41,8 +41,8 @@ def corrected(
     if layers is not None and key is not None:
         _splice(config, key, layers)
     if dtype in TORCH_NAMES:
-        for name in [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]:
-            config[name] = TORCH_NAMES[str(dtype)]
+        for key_name in [name for name in config if name in ("torch_dtype", "dtype")] or ["torch_dtype"]:
+            config[key_name] = TORCH_NAMES[str(dtype)]
     for name, value in (("vocab_size", vocabulary), ("tie_word_embeddings", tied)):
         if value is not None:
             inner = config.get("text_config")

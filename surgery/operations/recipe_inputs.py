@@ -98,9 +98,7 @@ class Inputs:
         where = f"line {reference.line}: {reference} is no folder here"
         if not hub_cache.is_hub_name(reference.path):
             raise FormatError(where)
-        raise HubError(
-            f"{where}, and not in the Hugging Face cache", mend="download it first: the Hub is not read yet"
-        )
+        raise HubError(f"{where}, and not in the Hugging Face cache", mend="download it first: the Hub is not read yet")
 
 
 def last_stage(recipes: tuple[Recipe, ...]) -> Recipe:

@@ -14,11 +14,11 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import MismatchError
 from surgery.report import join_shown
-from surgery.roles import layer_of, role_of
-from surgery.tensor import TensorSpec
+from surgery.roles import layer_of
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What configurations call the number of layers."""
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _BEFORE = re.compile(r"(?i)(^|[._])(\w*embed\w*|wte|wpe)([._]|$)")
 
 
@@ -100,12 +100,12 @@ def main_stack(model: Checkpoint, names: Iterable[str]) -> Stack:
     )
 
 
-def comes_before(spec: TensorSpec) -> bool:
+def comes_before(name: str) -> bool:
     """Say whether a tensor outside of the layers stands before them.
 
-    >>> comes_before(TensorSpec("model.embed_tokens.weight", "BF16", (8, 4)))
-    True
-    >>> comes_before(TensorSpec("embed_out.weight", "BF16", (8, 4)))
-    False
+    >>> comes_before("model.embed_tokens.weight"), comes_before("transformer.wte.weight")
+    (True, True)
+    >>> comes_before("embed_out.weight"), comes_before("model.norm.weight")
+    (False, False)
     """
-    return role_of(spec) != "head" and _BEFORE.search(spec.name) is not None
+    return _HEAD.search(name) is None and _BEFORE.search(name) is not None
