@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.plan import Plan, lay_out
+from surgery.report import Table
 from surgery.roles import role_of
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
@@ -41,6 +42,12 @@ class Origin:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    work: str | None = None
+    """Everything beside the input files that decides the tensors' values: lets a run that was broken off continue."""
+    reads: int | None = None
+    """Bytes that the inputs have to give."""
+    tables: Sequence[Table] = ()
+    """What happens to which tensors, for people."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -153,7 +160,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size=max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
-            bytes_read=self.nbytes,
+            bytes_read=self.nbytes if self.origin is None or self.origin.reads is None else self.origin.reads,
             counts=self.origin.counts if self.origin else {"copied": len(self)},
         )
 
@@ -165,6 +172,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         max_shard_size: int | None = None,
         jobs: int | None = None,
         max_memory: int | None = None,
+        restart: bool = False,
+        finish: bool = False,
         progress: execute.Progress | None = None,
     ) -> dict[str, Any]:
         """Write the checkpoint, and publish it whole or not at all.
@@ -175,6 +184,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size: bytes; the input's own split by default.
             jobs: threads; as many as there are cores by default. The bytes written do not depend on it.
             max_memory: refuse a plan that may need more bytes than this.
+            restart: begin anew where an earlier run of the same merge was broken off; it is continued otherwise.
+            finish: publish what :meth:`save_share` made, and refuse if any file is missing.
             progress: somebody who watches.
 
         Returns:
@@ -203,8 +214,53 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             files={} if single else origin.files,
             copies={} if single else {n: path for n, path in self.side_files.items() if n not in origin.files},
             kept={} if single else origin.kept,
+            work=self._work(),
+            restart=restart,
+            finish=finish,
             progress=progress,
         )
+
+    def save_share(
+        self,
+        out: str | os.PathLike[str],
+        share: tuple[int, int],
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | None = None,
+        jobs: int | None = None,
+        max_memory: int | None = None,
+        progress: execute.Progress | None = None,
+    ) -> list[str]:
+        """Write some of the output's files beside it; ``save(…, finish=True)`` publishes them once all are there.
+
+        Args:
+            out: the folder that will be published; its neighbourhood must be writable for every machine that shares.
+            share: ``(k, n)``: the ``k``-th of ``n`` parts, from 1 on.
+            overwrite: whether an existing output will be replaced.
+            max_shard_size: as in :meth:`save`, the same for all shares.
+            jobs: threads.
+            max_memory: refuse a plan that may need more bytes than this.
+            progress: somebody who watches.
+
+        Returns:
+            The names of this share's files.
+        """
+        work = self._work()
+        if work is None:
+            raise UsageError("only merges of files can be shared")
+        plan = self.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+        return execute.run_share(
+            plan, self.tensors, out, share, work=work, overwrite=overwrite, sources=self.stored, progress=progress
+        )
+
+    def digest(self, *, max_shard_size: int | None = None) -> str:
+        """Return what an output in the making is known by: the same for the same work, inputs and layout."""
+        return self.plan(max_shard_size=max_shard_size).digest(self._work() or "")
+
+    def _work(self) -> str | None:
+        if self.origin is None or self.origin.work is None:
+            return None
+        return "\n".join([self.origin.work, *(stored.state() for stored in self.stored)])
 
     def _copy_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(

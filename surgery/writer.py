@@ -346,6 +346,24 @@ class Share(Publication):
         return file
 
 
+def write_file(path: str, data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file of its own, whole or not at all.
+
+    Raises:
+        OutputError: it exists.
+    """
+    out = Path(path)
+    draft = out.with_name(f".{out.name}.surgery-tmp")
+    if os.path.lexists(out) and not overwrite:
+        raise OutputError("exists already", file=path, mend="choose another, or pass --overwrite")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, out)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise _write_error(error, path) from None
+
+
 class OutputFile:
     """A file being written at any place, from any thread."""
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "extract-lora": "Extract a LoRA adapter from a fine-tune and its base.",
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
+    "plan": "Show what a recipe would do.",
+    "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
     "verify": "Check a checkpoint or adapter against its own record.",

@@ -21,6 +21,7 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "merges", 
 @click.option("-o", "--output", "out", type=click.Path(), help="A folder; one file where it ends in .safetensors.")
 @options.overwrite
 @options.dry_run
+@options.restart
 @click.option("--compat", type=click.Choice(COMPAT), default="mergekit", show_default=True,
               help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
 @click.option("--seed", type=int, help="For algorithms that draw random numbers; 0 by default.")
@@ -31,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "merges", 
 @options.common
 @mergekit_flags.accept
 def command(
-    recipe: str, folder: str | None, out: str | None, overwrite: bool, dry_run: bool, compat: str, seed: int | None,
+    recipe: str, folder: str | None, out: str | None, overwrite: bool, dry_run: bool, restart: bool, compat: str, seed: int | None,
     allow_nonfinite: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
     quiet: bool, progress: str, **flags: Any,
 ) -> None:  # fmt: skip
@@ -58,7 +59,7 @@ def command(
     merged.notes += notes
     write(merged, target, "merge", overwrite=overwrite, dry_run=dry_run,
           max_shard_size=max_shard_size or flags["out_shard_size"], jobs=jobs or flags["num_threads"],
-          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress)  # fmt: skip
+          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip
 
 
 def _target(*given: str | None) -> str:

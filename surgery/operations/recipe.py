@@ -18,7 +18,8 @@ from surgery.merged import merged
 from surgery.operations import recipe_config
 from surgery.operations.recipe_inputs import Input, Inputs, last_stage
 from surgery.operations.recipe_outputs import Outline, Output
-from surgery.report import join_shown
+from surgery.operations.recipe_rules import Rule, describe, generalised, rules_table
+from surgery.report import Table, join_shown
 from surgery.sources import local
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
@@ -54,7 +55,7 @@ def merge_recipe(
         HubError: a model that is not on this machine.
         MismatchError: models that do not fit together, or layers that a model does not have.
     """
-    data, label = (recipe, "recipe") if isinstance(recipe, bytes) else (_read(recipe), os.fspath(recipe))
+    data, label = (recipe, "recipe") if isinstance(recipe, bytes) else (read_recipe(recipe), os.fspath(recipe))
     try:
         recipes = parse(data)
         last = last_stage(recipes)
@@ -67,7 +68,8 @@ def merge_recipe(
         raise error.at(file=label) from None
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
+def read_recipe(path: str | os.PathLike[str]) -> bytes:
+    """Read a recipe's file."""
     return local.read_small(local.resolve(path))
 
 
@@ -103,6 +105,7 @@ class _Merge:
         self.traced: dict[int, dict[str, provenance.Traced]] = {}
         self.members: list[Input] = []
         self.tally = _Tally()
+        self.rules: dict[str, Rule] = {}
         self._check_settings()
 
     # --- what goes in
@@ -173,7 +176,14 @@ class _Merge:
             config=config,
             side_files=donor.side_files,
             notes=[*dict.fromkeys(note for member in self.members for note in member.model.notes), *self.notes],
-            origin=Origin(self._record, files=files, counts=self.tally.counts()),
+            origin=Origin(
+                self._record,
+                files=files,
+                counts=self.tally.counts(),
+                work=self._work(),
+                reads=sum(tensor.spec.nbytes for own in self.traced.values() for tensor in own.values()),
+                tables=(rules_table(self.rules, tensors), *self._unused()),
+            ),
         )
 
     def _check_arity(self, piece: Slice) -> None:
@@ -225,6 +235,7 @@ class _Merge:
         whole = self._values([alone, *levels], output.name, output.t, per_model=False)
         if len(models) == 1 and base is None and self._is_copy(whole, members[models[0]], output, models[0], out_dtype):
             self.tally.copied += 1
+            self.rules[output.name] = Rule(f"copy of {members[models[0]].model.label}")
             return renamed(self._source(members[models[0]], output.inputs[models[0]]), output.name)
         each = [
             self._values([piece.parts[number].settings, *levels], output.inputs[number], output.t, per_model=True)
@@ -235,12 +246,17 @@ class _Merge:
         order = models if base is None else [base, *models]
         sources = {number: self._source(members[number], output.inputs[number]) for number in order}
         numeric = any(source.spec.dtype in ARITHMETIC for source in sources.values())
+        labels = [members[number].model.label for number in order]
+        onto = "" if base is None else f" onto {labels[0]}"
+        self.rules[output.name] = Rule(
+            f"{self.algorithm.name} of {', '.join(labels[base is not None :])}{onto}", describe(whole, each)
+        )
         self.tally.merged += numeric
         self.tally.copied += not numeric
         return merged(
             output.name, [sources[number] for number in models], None if base is None else sources[base],
             self.algorithm, whole, each, dtype=out_dtype if numeric else None,
-            labels=[members[number].model.label for number in order], compat=self.compat, seed=self.seed,
+            labels=labels, compat=self.compat, seed=self.seed,
             allow_nonfinite=self.allow_nonfinite,
         )  # fmt: skip
 
@@ -313,6 +329,19 @@ class _Merge:
         heads = ("lm_head.weight", "embed_out.weight")
         gains = any(name in tensors and name not in donor.tensors for name in heads)
         return False if gains and (donor.config or {}).get("tie_word_embeddings") else None
+
+    def _work(self) -> str:
+        """Say everything that decides the values, beside the inputs."""
+        return repr((self.text, self.compat, self.seed, self.allow_nonfinite))
+
+    def _unused(self) -> list[Table]:
+        """List the tensors of the models that go into nothing: layers that were left out."""
+        rows = []
+        for number, member in enumerate(self.members):
+            left = [name for name in member.model.tensors if name not in self.traced[number]]
+            if left:
+                rows.append((member.model.label, f"{len(left):,}", join_shown(generalised(left))))
+        return [Table("Not used", ("model", "tensors", "which"), tuple(rows))] if rows else []
 
     def _record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """Compose the provenance record: the recipe's own words, and a fingerprint of every input."""
