@@ -327,7 +327,8 @@ def publish(
 def _refuse_unfinished(plan: Plan, publication: Publication) -> None:
     missing = [file.name for file in plan.files if file.name not in publication.finished]
     if missing:
-        publication.keep()
+        if publication.finished:
+            publication.keep()
         raise OutputError(
             f"{len(missing)} of its {len(plan.files)} files are not finished, {missing[0]} among them",
             file=publication.out.name, mend="run the jobs that make them",

@@ -181,7 +181,6 @@ class Publication:
             os.mkdir(self.staging, 0o777)
         if self._journal is not None:
             self._journal.begin()
-            self._journal.drop_unfinished()
             self.finished = self._journal.finished()
 
     def _recover(self, *, resume: bool) -> None:
@@ -191,7 +190,9 @@ class Publication:
                 _remove(self._old)
             else:
                 os.rename(self._old, self.out)
-        if not (resume and self._journal is not None and self._journal.belongs()):
+        if resume and self._journal is not None and self._journal.belongs():
+            self._journal.drop_unfinished()
+        else:
             _remove(self.staging)
 
     def _abandon(self) -> None:

@@ -411,8 +411,8 @@ HOSTILE = {
     "two models where one is taken": ("{models: [{model: org/a}, {model: org/b}], merge_method: passthrough}", 2, ["1"]),
     "models of different depths": (LINEAR % "org/deep", 4, ["model.layers.4.", "deep"]),
     "stages in a circle": (
-        "{name: x, models: [{model: y}], merge_method: linear}\n---\n{name: y, models: [{model: x}], merge_method: linear}"
-        "\n---\n{models: [{model: x}], merge_method: linear}",
+        "{name: x, models: [{model: y}], merge_method: linear}\n---\n{name: y, models: [{model: x}], merge_method: "
+        + "linear}\n---\n{models: [{model: x}], merge_method: linear}",
         3,
         ["x → y → x"],
     ),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.plan import natural
 from surgery.report import Table
 from surgery.tensor import LazyTensor, human_bytes
 
@@ -46,7 +47,7 @@ def generalised(names: Iterable[str]) -> list[str]:
 def rules_table(rules: Mapping[str, Rule], tensors: Mapping[str, LazyTensor]) -> Table:
     """Draw up one row for all tensors that differ by numbers in their names alone and are made in the same way."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for name in tensors:
+    for name in sorted(tensors, key=natural):
         groups.setdefault((generalised([name])[0], rules[name].what), []).append(name)
     rows = []
     for (pattern, what), names in groups.items():
