@@ -89,7 +89,7 @@ class Merged:
         self.spec = TensorSpec(name, dtype or first.dtype, first.shape)
         self._check_specs()
         self._working = _working_dtype([source.spec.dtype for source in self._sources], self.spec.dtype)
-        setting = Setting(name, first.shape, whole, each, compat, seed)
+        setting = Setting(name, first.shape, self._working, whole, each, compat, seed)
         self._kernel: Kernel = self.algorithm.make(setting)
         self._findings = _Findings(self)
 

@@ -199,6 +199,20 @@ def generator(seed: int, name: str, role: str = "") -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(seed, name, role))
 
 
+def random_words(seed: int, name: str, role: str, start: int, count: int) -> np.ndarray:
+    """Draw uniform 32-bit words for the elements ``[start, start + count)`` of a tensor.
+
+    Element ``i`` takes the ``i``-th word of a stream that (seed, name, role) alone decide, so that it does not matter
+    where a tensor is cut. The stream is NumPy's PCG64DXSM, which can jump ahead, and which NumPy promises to keep.
+    """
+    stream = np.random.PCG64DXSM(seed_for(seed, name, role))
+    if start:
+        stream.advance(start // 2)
+    odd = start % 2
+    pairs: np.ndarray = stream.random_raw((odd + count + 1) // 2)
+    return pairs.view(np.uint32)[odd : odd + count]
+
+
 def squared_norm(values: torch.Tensor) -> float:
     """Return Σx², accumulated in float64 block by block: float32 sums read up to 0.1 % low on large matrices."""
     flat = values.reshape(-1)

@@ -12,16 +12,22 @@ from surgery.algorithms.kernel import Block, Kernel, Setting, weighted_sum
 from surgery.errors import UsageError
 
 
-def normalized(coeffs: Sequence[float]) -> list[float]:
+def normalized(coeffs: Sequence[float], *, forgiving: bool = False) -> list[float]:
     """Divide coefficients by their sum.
+
+    Args:
+        coeffs: the coefficients.
+        forgiving: return them as they are where they sum to zero, as mergekit does.
 
     Raises:
         UsageError: they sum to zero.
     """
     total = math.fsum(coeffs)
-    if abs(total) < 1e-8:
-        raise UsageError("the coefficients sum to zero, so they cannot be normalised", mend="pass normalize=false")
-    return [coeff / total for coeff in coeffs]
+    if abs(total) >= 1e-8:
+        return [coeff / total for coeff in coeffs]
+    if forgiving:
+        return list(coeffs)
+    raise UsageError("the coefficients sum to zero, so they cannot be normalised", mend="pass normalize=false")
 
 
 class Linear(Kernel):

@@ -9,14 +9,16 @@ they are given: float64 for exactness, float32 for speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from surgery.algorithms.registry import PAPER, Algorithm, Number, find, resolve
+from surgery import numerics
+from surgery.algorithms.registry import MERGEKIT, PAPER, Algorithm, Number, find, resolve
 
 Totals = tuple[np.ndarray, ...]
 """What a block adds to a stage: arrays that are summed over blocks."""
@@ -29,6 +31,7 @@ class Setting:
     Args:
         name: the tensor's name, which keys random draws.
         shape: the whole tensor's shape.
+        dtype: the working dtype, float64 or float32.
         parameters: the merge's parameters, all of them.
         per_model: the models' parameters, all of them, one value a model.
         compat: whose semantics, ``paper`` or ``mergekit``.
@@ -37,10 +40,34 @@ class Setting:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     parameters: Mapping[str, Number] = field(default_factory=dict)
     per_model: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)
     compat: str = PAPER
     seed: int = 0
+    draws: Callable[[int, int, int], np.ndarray] | None = None
+    """For tests: gives the random words of a model, a start and a count in place of :func:`numerics.random_words`."""
+
+    @property
+    def mergekit(self) -> bool:
+        """Whether mergekit's semantics are asked for."""
+        return self.compat == MERGEKIT
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Elements in a row: the last dimension, at least 1."""
+        return max(self.shape[-1], 1) if self.shape else 1
+
+    def words(self, model: int, start: int, count: int) -> np.ndarray:
+        """Draw a model's random 32-bit words for some elements: the same wherever the tensor is cut."""
+        if self.draws is not None:
+            return self.draws(model, start, count)
+        return numerics.random_words(self.seed, self.name, f"model {model}", start, count)
 
     @property
     def coeffs(self) -> tuple[float, ...]:
@@ -67,8 +94,6 @@ class Block:
 class Kernel:
     """An algorithm set up for one tensor."""
 
-    stages: int = 0
-    """Passes over the whole tensor that go before combining."""
     unit: int = 1
     """Elements that can only be made together."""
     buffers: int = 0
@@ -76,6 +101,11 @@ class Kernel:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+
+    @property
+    def stages(self) -> int:
+        """Count the passes over the whole tensor that go before combining."""
+        return 0
 
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Return what the block adds to stage ``len(found)``."""
@@ -112,6 +142,7 @@ def merge_tensors(
     name: str = "",
     compat: str = PAPER,
     seed: int = 0,
+    draws: Callable[[int, int, int], np.ndarray] | None = None,
 ) -> torch.Tensor:
     """Merge tensors in memory, computing in their own dtype: the algorithms as pure functions.
 
@@ -124,6 +155,7 @@ def merge_tensors(
         name: the tensor's name, which keys random draws.
         compat: whose semantics: ``paper`` or ``mergekit``.
         seed: keys random draws.
+        draws: gives random words in their place, to repeat somebody else's.
 
     Returns:
         The merged tensor; the inputs are untouched.
@@ -137,12 +169,14 @@ def merge_tensors(
     row = find(algorithm) if isinstance(algorithm, str) else algorithm
     row.check_arity(len(models), base is not None)
     whole, each = resolve(row, len(models), parameters or {}, per_model)
-    kernel = row.make(Setting(name, tuple(models[0].shape), whole, each, compat, seed))
+    kernel = row.make(Setting(name, tuple(models[0].shape), models[0].dtype, whole, each, compat, seed, draws))
 
     def block() -> Block:
         flat = tuple(model.reshape(-1).clone() for model in models)
         return Block(flat, None if base is None else base.reshape(-1).clone(), 0)
 
+    if not models[0].numel():
+        return models[0].clone()
     found: list[Any] = []
     for _ in range(kernel.stages):
         found.append(kernel.conclude(kernel.observe(block(), found), found))

@@ -107,6 +107,8 @@ class Algorithm:
         parameters: by order of importance.
         symmetric: whether the order of the models does not matter (beyond rounding).
         random: whether it draws random numbers.
+        aliases: other names; mergekit's, where it differs.
+        ignored: parameters of mergekit's that change nothing.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Algorithm:
     parameters: tuple[Parameter, ...] = ()
     symmetric: bool = True
     random: bool = False
+    aliases: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def arity(self) -> str:
@@ -160,33 +164,141 @@ class Algorithm:
         return kernel
 
 
-def _coeff(default: float | None = 1.0, meaning: str = "the model's coefficient, of any sign") -> Parameter:
-    return Parameter("coeff", default, meaning, per_model=True, mergekit="weight")
-
-
-_NORMALIZE = Parameter("normalize", False, "divide by the sum of the coefficients", kind="bool")
+_COEFF = Parameter("coeff", 1.0, "the model's coefficient, of any sign", per_model=True, mergekit="weight")
+_DENSITY = Parameter("density", 1.0, "the fraction of the task vector that is kept", 0, 1, per_model=True)
+_GAMMA = Parameter("gamma", 0.01, "the fraction that is dropped as outliers", 0, 1, per_model=True)
+_WINDOW = Parameter("epsilon", 0.15, "keep with probabilities from density − ε to density + ε", 0, 0.5, per_model=True)
 _SCALE = Parameter("scale", 1.0, "λ: multiplies the merged task vector", mergekit="lambda")
+_BY_L1 = Parameter("rescale", False, "scale what is kept to the L1 norm of the whole", kind="bool")
+_BY_CHANCE = Parameter("rescale", True, "divide what is kept by its probability", kind="bool")
+_SUM = Parameter("normalize", False, "divide by the sum of the coefficients", kind="bool")
+_MEAN = Parameter("normalize", True, "divide by the sum of the coefficients", kind="bool")
+_T = Parameter("t", None, "where between the first (0) and the second (1)")
+_CHANGED = Parameter("epsilon", 1e-5, "differences up to this count as no change", 0)
 
 _TABLE = (
     Algorithm(
         "linear", "averaging:Linear", "Σ cᵢ xᵢ / Σ cᵢ: the weighted average",
         "Wortsman et al. 2022, arXiv:2203.05482", "element", "none",
-        parameters=(_coeff(), Parameter("normalize", True, "divide by the sum of the coefficients", kind="bool")),
+        parameters=(_COEFF, _MEAN),
+    ),
+    Algorithm(
+        "slerp", "interpolation:Slerp", "along the arc between two models",
+        "Shoemake 1985", "statistics", "none", models=(2, 2), symmetric=False,
+        parameters=(_T,),
+    ),
+    Algorithm(
+        "nuslerp", "interpolation:NuSlerp", "slerp by coefficients, of models or task vectors, whole or by row or column",
+        "mergekit 0.1.5; Shoemake 1985", "row", "optional", models=(2, 2),
+        parameters=(
+            _COEFF,
+            Parameter("flatten", True, "one angle for the whole tensor", kind="bool", mergekit="nuslerp_flatten"),
+            Parameter("row_wise", False, "without flatten: an angle a row, else a column", kind="bool", mergekit="nuslerp_row_wise"),
+        ),
+    ),
+    Algorithm(
+        "multislerp", "interpolation:MultiSlerp", "the mean direction at the mean length, of models or task vectors",
+        "Goddard 2025; mergekit 0.1.5", "statistics", "optional",
+        parameters=(
+            _COEFF,
+            Parameter("normalize", True, "divide by the sum of the coefficients", kind="bool", mergekit="normalize_weights"),
+            Parameter("eps", 1e-8, "mean directions shorter than this are none", 0),
+        ),
+    ),
+    Algorithm(
+        "karcher", "interpolation:Karcher", "the Karcher mean of the directions at the mean length",
+        "Karcher 1977; arXiv:2603.04972", "statistics", "none",
+        parameters=(
+            Parameter("max_iter", 10, "iterations at most", 1, kind="int"),
+            Parameter("tol", 1e-5, "steps and angles below this are none", 0),
+        ),
+    ),
+    Algorithm(
+        "task_arithmetic", "task_vectors:TaskArithmetic", "b + λ Σ cᵢ δᵢ, with δᵢ = xᵢ − b",
+        "Ilharco et al. 2023, arXiv:2212.04089", "element", "required",
+        parameters=(_COEFF, _SCALE, _SUM), ignored=("density", "rescale", "int8_mask"),
+    ),
+    Algorithm(
+        "ties", "task_vectors:Ties", "trim δᵢ to the largest, elect signs, average those that agree",
+        "Yadav et al. 2023, arXiv:2306.01708", "statistics", "required",
+        parameters=(_COEFF, _DENSITY, _SCALE, _MEAN, _BY_L1), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "dare_linear", "task_vectors:DareLinear", "drop elements of δᵢ at random, enlarge the rest, sum",
+        "Yu et al. 2024, arXiv:2311.03099", "element", "required", random=True, symmetric=False,
+        parameters=(_COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "dare_ties", "task_vectors:DareTies", "drop elements of δᵢ at random, enlarge the rest, sum those of elected sign",
+        "Yu et al. 2024, arXiv:2311.03099", "element", "required", random=True, symmetric=False,
+        parameters=(_COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "della", "task_vectors:Della", "drop small elements of δᵢ sooner, enlarge the rest, average those of elected sign",
+        "Deep et al. 2024, arXiv:2406.11617", "row", "required", random=True, symmetric=False,
+        parameters=(_COEFF, _DENSITY, _WINDOW, _SCALE, _MEAN, _BY_CHANCE), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "della_linear", "task_vectors:DellaLinear", "drop small elements of δᵢ sooner, enlarge the rest, sum",
+        "Deep et al. 2024, arXiv:2406.11617", "row", "required", random=True, symmetric=False,
+        parameters=(_COEFF, _DENSITY, _WINDOW, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "breadcrumbs", "task_vectors:BreadcrumbsSum", "drop outliers and the small rest of δᵢ, sum",
+        "Davari and Belilovsky 2023, arXiv:2312.06795", "statistics", "required",
+        parameters=(_COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "breadcrumbs_ties", "task_vectors:BreadcrumbsTies", "drop outliers and the small rest of δᵢ, sum those of elected sign",
+        "Davari and Belilovsky 2023, arXiv:2312.06795", "statistics", "required",
+        parameters=(_COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "sce", "sce:Sce", "select what varies between models, weigh by energy, erase minority signs",
+        "Wan et al. 2024, arXiv:2408.07990", "statistics", "required",
+        parameters=(
+            Parameter("density", 1.0, "the fraction of the varying elements that is kept", 0, 1, mergekit="select_topk"),
+        ),
+        ignored=("int8_mask",),
+    ),
+    Algorithm(
+        "model_stock", "model_stock:ModelStock", "from the base towards the average, as far as angles tell",
+        "Jang et al. 2024, arXiv:2403.19522", "row", "required", models=(2, None),
+        parameters=(Parameter("filter_wise", False, "a ratio for each filter, not for the tensor", kind="bool"),),
+    ),
+    Algorithm(
+        "nearswap", "interpolation:NearSwap", "step towards a model, by t at most: all the way where it is near",
+        "alchemonaut 2024", "element", "required", models=(1, 1),
+        parameters=(Parameter("t", None, "the longest step of an element", 0),),
+    ),
+    Algorithm(
+        "arcee_fusion", "arcee_fusion:ArceeFusion", "take over the elements whose importance stands out",
+        "Arcee AI, mergekit 0.1.5", "row", "required", models=(1, 1),
+    ),
+    Algorithm(
+        "ram", "reinforced:Ram", "add what one model changed whole, what several changed as their mean",
+        "arXiv:2601.13572", "element", "required",
+        parameters=(_CHANGED,),
+    ),
+    Algorithm(
+        "ramplus", "reinforced:RamPlus", "ram, with what a model changed alone enlarged by its share",
+        "arXiv:2601.13572", "statistics", "required", aliases=("ramplus_tl",),
+        parameters=(
+            Parameter("r", 0.1, "how much a share enlarges"),
+            Parameter("alpha", 0.2, "the largest share", 0),
+            _CHANGED,
+        ),
     ),
     Algorithm(
         "passthrough", "averaging:Passthrough", "s · x: one model's tensor, scaled",
         "–", "element", "none", models=(1, 1),
         parameters=(Parameter("scale", 1.0, "s: multiplies the tensor"),),
     ),
-    Algorithm(
-        "task_arithmetic", "task_vectors:TaskArithmetic", "b + λ Σ cᵢ δᵢ, with δᵢ = xᵢ − b",
-        "Ilharco et al. 2023, arXiv:2212.04089", "element", "required",
-        parameters=(_coeff(), _SCALE, _NORMALIZE),
-    ),
 )  # fmt: skip
 
 ALGORITHMS: Mapping[str, Algorithm] = {algorithm.name: algorithm for algorithm in _TABLE}
 """The table, by name."""
+_BY_ALIAS = {alias: algorithm for algorithm in _TABLE for alias in algorithm.aliases}
 
 
 def find(name: str) -> Algorithm:
@@ -198,7 +310,8 @@ def find(name: str) -> Algorithm:
     >>> find("task-arithmetic").base
     'required'
     """
-    found = ALGORITHMS.get(name.replace("-", "_"))
+    spelled = name.replace("-", "_")
+    found = ALGORITHMS.get(spelled) or _BY_ALIAS.get(spelled)
     if found is None:
         raise UsageError(f"no algorithm {name!r}", mend=_near(name, list(ALGORITHMS), "there are"))
     return found

@@ -1,0 +1,204 @@
+"""Sparsifiers: which elements of a task vector are kept, and what they are multiplied with.
+
+*Equal magnitudes at a threshold stay together*: an element is kept if any choice of the wanted number of elements could
+keep it, so that the result depends neither on a sort's whims nor on where a tensor is cut. Differences of bfloat16
+numbers are often equal; then somewhat more than ``density`` is kept. The TIES authors' code does the same; mergekit
+keeps the wanted number, by an order that its sort leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.algorithms import order
+from surgery.algorithms.kernel import Setting, Totals
+from surgery.algorithms.order import Sought
+from surgery.errors import UsageError
+from surgery.numerics import scratch
+
+
+class Sparsifier:
+    """Keeps all."""
+
+    unit = 1
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.densities = tuple(float(value) for value in setting.per_model.get("density", ()))
+
+    @property
+    def stages(self) -> int:
+        """Count the passes it needs before it can sparsify."""
+        return 0
+
+    def observe(self, deltas: Sequence[torch.Tensor], start: int, found: Sequence[Any]) -> Totals:
+        """Return what a block adds to stage ``len(found)``; deltas must not change."""
+        raise NotImplementedError
+
+    def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
+        """Turn a stage's sums into its finding."""
+        raise NotImplementedError
+
+    def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
+        """Sparsify one model's block, in place."""
+
+
+class Magnitude(Sparsifier):
+    """Keep the largest: the ``density · n`` elements of greatest magnitude, and those that equal the least of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._windows = [self.window(density, model) for model, density in enumerate(self.densities)]
+        self._sought = [
+            Sought(model, rank)
+            for model, window in enumerate(self._windows)
+            if window and window[0] <= window[1]
+            for rank in (window if window[0] > 1 else window[1:])
+            if rank < setting.numel
+        ]
+
+    def window(self, density: float, model: int) -> tuple[int, int] | None:
+        """Return the ranks (from 1, by falling magnitude) of the first and the last element kept; ``None``: keep all."""
+        return None if density >= 1 else (1, max(1, int(density * self.setting.numel)) if density > 0 else 0)
+
+    @property
+    def stages(self) -> int:
+        """Take the passes that thresholds take, if any is needed."""
+        return order.passes(self.setting.dtype) if self._sought else 0
+
+    def observe(self, deltas: Sequence[torch.Tensor], start: int, found: Sequence[Any]) -> Totals:
+        """Count magnitudes."""
+        sought = found[-1] if found else self._sought
+        magnitudes = {
+            item.stream: torch.abs(
+                deltas[item.stream], out=scratch(f"|δ| {item.stream}", deltas[0].numel(), deltas[0].dtype)
+            )
+            for item in {item.stream: item for item in sought}.values()
+        }
+        return order.count([magnitudes.get(model, deltas[model]) for model in range(len(deltas))], sought, len(found))
+
+    def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
+        """Narrow the thresholds down."""
+        return order.narrowed(found[-1] if found else self._sought, totals)
+
+    def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
+        """Zero what lies outside of the window's magnitudes."""
+        window = self._windows[model]
+        if window is None:
+            return
+        if window[0] > window[1]:
+            delta.zero_()
+            return
+        if not self._sought:
+            return
+        limits = {
+            (item.stream, item.rank): order.value(done, delta.dtype)
+            for item, done in zip(self._sought, found[order.passes(self.setting.dtype) - 1], strict=True)
+        }
+        greatest, least = limits.get((model, window[0])), limits.get((model, window[1]))
+        if greatest is not None and window[0] > 1:
+            kept = scratch("kept", delta.numel(), delta.dtype)
+            delta.sub_(hardshrink(delta, greatest, out=kept))  # what is greater goes
+        if least:
+            hardshrink(delta, below(least, delta.dtype), out=delta)
+
+
+class Breadcrumbs(Magnitude):
+    """Keep the middle: drop the ``γ · n`` largest, then the smallest until ``density · n`` remain.
+
+    Where ``density + γ > 1``, fewer of the largest are dropped, so that ``density`` is kept.
+    """
+
+    def window(self, density: float, model: int) -> tuple[int, int] | None:
+        """Return the ranks of the first and the last element kept."""
+        count = self.setting.numel
+        kept = int(density * count)
+        top = min(int(float(self.setting.per_model["gamma"][model]) * count), count - kept)
+        return None if density >= 1 else (top + 1, top + kept)
+
+
+class Bernoulli(Sparsifier):
+    """Keep each element with probability ``density``, whatever its magnitude."""
+
+    def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
+        """Zero what the draw drops; divide the rest by ``density`` where the paper's rescaling is asked for."""
+        density = self.densities[model]
+        if density >= 1:
+            return
+        if density <= 0:
+            delta.zero_()
+            return
+        words = self.setting.words(model, start, delta.numel())
+        _keep(delta, words < np.uint32(min(round(density * 2**32), 2**32 - 1)))
+        if self.setting.parameters["rescale"] and not self.setting.mergekit:
+            delta.mul_(1 / density)
+
+
+class MagPrune(Sparsifier):
+    """Keep each element with a probability that grows with its rank in its row, from ``density − ε`` to ``density + ε``."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        shape = setting.shape
+        self._epsilons = tuple(float(value) for value in setting.per_model["epsilon"])
+        for density, epsilon in zip(self.densities, self._epsilons, strict=True):
+            if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+                raise UsageError(f"density ± epsilon must lie between 0 and 1, not at {density:g} ± {epsilon:g}")
+        # mergekit ranks along the second dimension, whatever the number of dimensions.
+        along_second = setting.mergekit and len(shape) > 2
+        self._ranked = shape[1] if along_second else setting.row
+        self.unit = max(math.prod(shape[1:]), 1) if along_second else setting.row
+
+    def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
+        """Zero what the draw drops; divide the rest by its probability where the paper's rescaling is asked for."""
+        density, epsilon = self.densities[model], self._epsilons[model]
+        if density >= 1:
+            return
+        if density <= 0:
+            delta.zero_()
+            return
+        length = self._ranked
+        inner = self.unit // length
+        magnitudes = delta.abs().view(-1, length, inner).numpy()
+        ranks = _ranks(magnitudes.transpose(0, 2, 1).reshape(-1, length)).reshape(-1, inner, length)
+        chance = ranks.transpose(0, 2, 1).reshape(-1)
+        chance *= 2 * epsilon / (length - 1) if length > 1 else 0
+        chance += density - epsilon if length > 1 else density
+        words = self.setting.words(model, start, delta.numel())
+        _keep(delta, words < chance * np.float64(2**32))
+        if self.setting.parameters["rescale"] and not self.setting.mergekit:
+            delta.div_(torch.from_numpy(chance).to(delta.dtype))
+
+
+def _ranks(rows: np.ndarray) -> np.ndarray:
+    """Rank the elements of each row from 0 by rising value; equal ones share the lowest of their ranks."""
+    places = np.argsort(rows, axis=1)
+    ordered = np.take_along_axis(rows, places, axis=1)
+    first = np.zeros(rows.shape, np.int64)
+    np.multiply(ordered[:, 1:] != ordered[:, :-1], np.arange(1, rows.shape[1]), out=first[:, 1:])
+    np.maximum.accumulate(first, axis=1, out=first)
+    ranks = np.empty(rows.shape, np.float64)
+    np.put_along_axis(ranks, places, first, axis=1)
+    return ranks
+
+
+def _keep(delta: torch.Tensor, mask: np.ndarray) -> None:
+    values = delta.numpy()
+    np.multiply(values, mask, out=values)
+
+
+def below(value: float, dtype: torch.dtype) -> float:
+    """Return the next smaller number of the dtype."""
+    kind = np.float32 if dtype == torch.float32 else np.float64
+    return float(np.nextafter(kind(value), kind(0)))
+
+
+def hardshrink(values: torch.Tensor, limit: float, out: torch.Tensor) -> torch.Tensor:
+    """Zero what is not greater in magnitude than ``limit``: a quarter of the time that comparing and masking takes."""
+    shrunk: torch.Tensor = torch.ops.aten.hardshrink.out(values, limit, out=out)
+    return shrunk
