@@ -370,6 +370,9 @@ def hostile_models(root):
 
 LINEAR = "{models: [{model: org/b}, {model: %s}], merge_method: linear}"
 SLICE = "{slices: [{sources: [{model: org/a, layer_range: [0, 2]}]}, {sources: [{model: %s, layer_range: %s}]}], merge_method: passthrough}"
+CIRCLE = (
+    "{name: x, models: [{model: y}], merge_method: linear}\n---\n{name: y, models: [{model: x}], merge_method: linear}"
+)
 HOSTILE = {
     "a typo in a key": ("{models: [{model: org/a}], merge_metod: linear}", 3, ["'merge_metod'", "'merge_method'"]),
     "an algorithm nobody knows": ("{models: [{model: org/a}], merge_method: lineer}", 2, ["'lineer'", "linear"]),
@@ -411,13 +414,12 @@ HOSTILE = {
     "two models where one is taken": ("{models: [{model: org/a}, {model: org/b}], merge_method: passthrough}", 2, ["1"]),
     "models of different depths": (LINEAR % "org/deep", 4, ["model.layers.4.", "deep"]),
     "stages in a circle": (
-        "{name: x, models: [{model: y}], merge_method: linear}\n---\n{name: y, models: [{model: x}], merge_method: "
-        + "linear}\n---\n{models: [{model: x}], merge_method: linear}",
+        CIRCLE + "\n---\n{models: [{model: x}], merge_method: linear}",
         3,
         ["x → y → x"],
     ),
     "stages in a closed circle": (
-        "{name: x, models: [{model: y}], merge_method: linear}\n---\n{name: y, models: [{model: x}], merge_method: linear}",
+        CIRCLE,
         3,
         ["none is the last"],
     ),

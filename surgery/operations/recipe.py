@@ -27,8 +27,6 @@ ACCEPTED: Mapping[str, str] = {
     "int8_mask": "saves memory in mergekit and changes no value; surgery's blocks need none of it",
 }
 """Parameters of mergekit that mean nothing here, whatever the algorithm."""
-UNUSED: Mapping[str, tuple[str, ...]] = {"task_arithmetic": ("density", "rescale")}
-"""Parameters that mergekit's algorithm takes and does not use."""
 
 
 def merge_recipe(
@@ -126,7 +124,7 @@ class _Merge:
                 line = f"line {setting.line}: "
                 if name in ACCEPTED:
                     self._note(f"{line}{name} {ACCEPTED[name]}")
-                elif name in UNUSED.get(self.algorithm.name, ()):
+                elif name in self.algorithm.ignored:
                     self._note(f"{line}{self.algorithm.name} does not use {name}, in mergekit neither")
                 elif name not in self.known:
                     raise FormatError(
