@@ -3,6 +3,7 @@
 #   make demo [BASE=folder FT=folder]   the main job on a real pair of checkpoints, or on yours
 #   make test                           the whole test suite
 #   make check                          format, lint, types
+#   make oracle                         recipes by surgery and by mergekit, tensor by tensor
 #   make bench                          timings against named peers
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format oracle bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -46,8 +47,18 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# mergekit is LGPL: it gets an environment of its own, and is run, never imported.
+$(VENV)/mergekit: constraints.txt
+	@$(PYTHON) -m venv $(VENV)-mergekit
+	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet mergekit==0.1.5
+	@touch $@
+
+oracle: $(VENV)/test $(VENV)/mergekit
+	@$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit/bin/python
+
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
