@@ -10,9 +10,7 @@ from surgery.algorithms.registry import COMPAT
 from surgery.cli import mergekit_flags, options
 from surgery.cli.writing import write
 from surgery.errors import UsageError
-
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "merges", "vocab", "chat_template", "spiece")
-"""How names of a tokenizer's files start."""
+from surgery.formats.tokenizer import FILE_STARTS
 
 
 @click.command("merge", short_help="Merge as a recipe says.")
@@ -53,9 +51,7 @@ def command(
     chosen = next((number for number in (seed, flags["random_seed"]) if number is not None), 0)
     merged = merge_recipe(recipe, compat=compat, seed=chosen, allow_nonfinite=allow_nonfinite)
     if not flags["copy_tokenizer"]:
-        merged.side_files = {
-            name: path for name, path in merged.side_files.items() if not name.startswith(TOKENIZER_FILES)
-        }
+        merged.side_files = {name: path for name, path in merged.side_files.items() if not name.startswith(FILE_STARTS)}
     merged.notes += notes
     write(merged, target, "merge", overwrite=overwrite, dry_run=dry_run,
           max_shard_size=max_shard_size or flags["out_shard_size"], jobs=jobs or flags["num_threads"],

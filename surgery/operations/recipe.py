@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from surgery import provenance
@@ -13,12 +14,22 @@ from surgery.checkpoint import Checkpoint, Origin, refuse_quantised
 from surgery.errors import FormatError, MismatchError, SurgeryError
 from surgery.formats.recipe import Module, Part, Recipe, Slice, parse
 from surgery.formats.settings import Settings, first_value
+from surgery.formats.tokenizer import CONFIG, FILE_STARTS, with_template
 from surgery.formats.yaml_strict import did_you_mean
 from surgery.merged import merged
 from surgery.operations import recipe_config
 from surgery.operations.recipe_inputs import Input, Inputs, last_stage
 from surgery.operations.recipe_outputs import Outline, Output
 from surgery.operations.recipe_rules import Rule, describe, generalised, rules_table
+from surgery.operations.recipe_tokenizer import (
+    Tokens,
+    chat_template,
+    choose_tokens,
+    generation_config,
+    is_vocabulary,
+    renumbered,
+    rows_of,
+)
 from surgery.report import Table, join_shown
 from surgery.sources import local
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
@@ -102,6 +113,7 @@ class _Merge:
         self.outline = Outline(self.modules, self.inputs, self.compat)
         self.traced: dict[int, dict[str, provenance.Traced]] = {}
         self.members: list[Input] = []
+        self.tokens = self._choose_tokens()
         self.tally = _Tally()
         self.rules: dict[str, Rule] = {}
         self._check_settings()
@@ -162,8 +174,8 @@ class _Merge:
         self._check_filters(outputs)
         tensors = {output.name: self._tensor(output) for output in outputs}
         donor = self._donor()
-        files: dict[str, bytes] = {}
         config = self._config(donor, tensors)
+        side_files, files = self._side_files(donor)
         if config is not None and config != donor.config:
             files["config.json"] = recipe_config.encode(config)
         return Checkpoint(
@@ -172,7 +184,7 @@ class _Merge:
             stored=list({id(item): item for member in self.members for item in member.model.stored}.values()),
             shards=donor.shards if self._keeps_names(donor, tensors) else None,
             config=config,
-            side_files=donor.side_files,
+            side_files=side_files,
             notes=[*dict.fromkeys(note for member in self.members for note in member.model.notes), *self.notes],
             origin=Origin(
                 self._record,
@@ -231,18 +243,18 @@ class _Merge:
         levels = [piece.settings, output.module.settings, self.recipe.settings]
         alone = piece.parts[models[0]].settings if len(piece.parts) == 1 else {}
         whole = self._values([alone, *levels], output.name, output.t, per_model=False)
-        if len(models) == 1 and base is None and self._is_copy(whole, members[models[0]], output, models[0], out_dtype):
+        order = models if base is None else [base, *models]
+        sources = self._sources(output, {number: members[number] for number in order})
+        if len(order) == 1 and self._is_copy(whole, members[order[0]], sources[order[0]], out_dtype):
             self.tally.copied += 1
-            self.rules[output.name] = Rule(f"copy of {members[models[0]].model.label}")
-            return renamed(self._source(members[models[0]], output.inputs[models[0]]), output.name)
+            self.rules[output.name] = Rule(f"copy of {members[order[0]].model.label}")
+            return renamed(sources[order[0]], output.name)
         each = [
             self._values([piece.parts[number].settings, *levels], output.inputs[number], output.t, per_model=True)
             for number in models
         ]
         for number, member in members.items():
             refuse_quantised(member.model, [output.inputs[number]])
-        order = models if base is None else [base, *models]
-        sources = {number: self._source(members[number], output.inputs[number]) for number in order}
         numeric = any(source.spec.dtype in ARITHMETIC for source in sources.values())
         labels = [members[number].model.label for number in order]
         onto = "" if base is None else f" onto {labels[0]}"
@@ -267,12 +279,11 @@ class _Merge:
                 file=members[lacking[0]].model.label, tensor=output.inputs[lacking[0]],
             )  # fmt: skip
 
-    def _is_copy(self, whole: Mapping[str, Any], member: Input, output: Output, number: int, dtype: str) -> bool:
+    def _is_copy(self, whole: Mapping[str, Any], member: Input, source: LazyTensor, dtype: str) -> bool:
         """Say whether the tensor only takes another place: copied as bytes, whatever it holds."""
-        spec = member.model.tensors[output.inputs[number]].spec
-        untouched = spec.dtype == member.native[spec.name]  # no adapter changed it
         plain = all(value == 1.0 for value in whole.values())
-        keeps = spec.dtype == dtype or spec.dtype not in ARITHMETIC
+        keeps = source.spec.dtype == dtype or source.spec.dtype not in ARITHMETIC
+        untouched = source.spec.dtype == member.native[source.spec.name]  # no adapter changed it
         return self.algorithm.name == "passthrough" and plain and keeps and untouched
 
     def _values(self, levels: Sequence[Settings], tensor: str, t: float, *, per_model: bool) -> dict[str, float | bool]:
@@ -293,6 +304,16 @@ class _Merge:
             line = next(level[name].line for level in levels if name in level)
             raise FormatError(f"line {line}: {name}: {error.what}") from None
 
+    def _sources(self, output: Output, members: Mapping[int, Input]) -> dict[int, LazyTensor]:
+        """Return the members' tensors, in the output's vocabulary where they have a row a token."""
+        found = {number: self._source(member, output.inputs[number]) for number, member in members.items()}
+        if self.tokens is not None and all(
+            is_vocabulary(tensor, rows_of(members[number].model)) for number, tensor in found.items()
+        ):
+            pairs = [(members[number].model, tensor) for number, tensor in found.items()]
+            return dict(zip(found, self.tokens.remap(pairs, output.name), strict=True))
+        return found
+
     def _source(self, member: Input, name: str) -> LazyTensor:
         """Return a member's tensor, fingerprinted as it is read."""
         number = next((place for place, known in enumerate(self.members) if known is member), len(self.members))
@@ -309,6 +330,37 @@ class _Merge:
         """Return the model whose configuration and side files the output has: the base, else the first."""
         return self.inputs.get(next(self.recipe.references())).model
 
+    def _choose_tokens(self) -> Tokens | None:
+        """Build the tokenizer that the recipe asks for, if it asks for one."""
+        if self.recipe.tokenizer is None:
+            return None
+        base = None if self.recipe.base is None else self.inputs.get(self.recipe.base).model
+        return choose_tokens(self.recipe.tokenizer, self._models(), base, self.inputs)
+
+    def _models(self) -> list[Checkpoint]:
+        """List all models once, the base in front if there is one."""
+        return list(
+            {id(model): model for model in (self.inputs.get(r).model for r in self.recipe.references())}.values()
+        )
+
+    def _side_files(self, donor: Checkpoint) -> tuple[dict[str, Path], dict[str, bytes]]:
+        """Collect the files that lie beside the weights: those that are copied, and those that are written."""
+        copied = dict(donor.side_files)
+        written = dict(donor.origin.files) if donor.origin else {}
+        written.pop("config.json", None)
+        if self.tokens is not None:
+            if self.tokens.donor is not donor:
+                copied = {name: path for name, path in copied.items() if not name.startswith(FILE_STARTS)}
+                others = self.tokens.donor.side_files
+                copied |= {name: path for name, path in others.items() if name.startswith(FILE_STARTS)}
+            written |= {**self.tokens.files, **generation_config(donor, self.tokens)}
+        if self.recipe.chat_template is not None:
+            line = self.recipe.lines["chat_template"]
+            template = chat_template(self.recipe.chat_template, self._models(), line)
+            config = written.get(CONFIG) or (local.read_small(copied[CONFIG]) if CONFIG in copied else None)
+            written |= {} if template is None else with_template(config, template)
+        return copied, written
+
     @staticmethod
     def _keeps_names(donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> bool:
         return set(donor.tensors) == set(tensors)
@@ -316,9 +368,12 @@ class _Merge:
     def _config(self, donor: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, Any] | None:
         if donor.config is None:
             return None
+        config: Mapping[str, Any] = donor.config
+        if self.tokens is not None:
+            config = renumbered(config, self.tokens.own[id(donor)], self.tokens.vocabulary)
         return recipe_config.corrected(
-            donor.config, layers=self.outline.layer_origins(), dtype=self.recipe.out_dtype or self.recipe.dtype,
-            tied=self._tied(donor, tensors),
+            config, layers=self.outline.layer_origins(), dtype=self.recipe.out_dtype or self.recipe.dtype,
+            tied=self._tied(donor, tensors), vocabulary=None if self.tokens is None else self.tokens.rows,
         )  # fmt: skip
 
     @staticmethod
