@@ -176,7 +176,7 @@ class _Merge:
         donor = self._donor()
         config = self._config(donor, tensors)
         side_files, files = self._side_files(donor)
-        if config is not None and config != donor.config:
+        if config is not None and (config != donor.config or donor.origin is not None):  # a stage has no file of it
             files["config.json"] = recipe_config.encode(config)
         return Checkpoint(
             tensors,
