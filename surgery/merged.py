@@ -23,9 +23,6 @@ from surgery.algorithms.registry import COMPAT, PAPER, Algorithm, find, resolve
 from surgery.errors import MismatchError, NumericError, SurgeryError, UnsupportedError, UsageError
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
-BLOCK = 1 << 17
-"""Elements a block; a few of them in float32 stay in a core's cache."""
-
 
 class Merged:
     """``round(algorithm(inputs, base))``, rounded once to the output's dtype.
@@ -106,7 +103,7 @@ class Merged:
     @property
     def resident(self) -> int:
         """What the inputs hold, plus a working block for each, for the algorithm, and for rounding."""
-        block = min(max(BLOCK, self.unit), max(self.spec.numel, 1))
+        block = min(max(numerics.BLOCK, self.unit), max(self.spec.numel, 1))
         width = self._working.itemsize
         blocks = len(self._sources) + self._kernel.buffers + 1
         reading = max(source.spec.itemsize * (1 + source.scratch) for source in self._sources)
@@ -130,7 +127,7 @@ class Merged:
 
     def cuts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range into blocks of whole units."""
-        step = max(BLOCK // self.unit, 1) * self.unit
+        step = max(numerics.BLOCK // self.unit, 1) * self.unit
         for low in range(start, stop, step):
             yield low, min(low + step, stop)
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.algorithms import order
 from surgery.algorithms.kernel import Block, Kernel, Setting, Totals
-from surgery.algorithms.order import Sought
+from surgery.algorithms.order import Order, Rank
 from surgery.algorithms.sparsify import below, hardshrink
 from surgery.numerics import scratch
 
@@ -36,14 +35,15 @@ class ArceeFusion(Kernel):
         super().__init__(setting)
         self.unit = setting.row
         count = setting.numel
-        self._sought = [Sought(0, count - int(q * (count - 1))) for q in _QUARTILES]
+        self._quartiles = [Rank(0, count - int(q * (count - 1))) for q in _QUARTILES]
+        self._order = Order(self._quartiles, count, setting.dtype)
         self._divergence = np.empty(count // self.unit)
         """KL of each row: made in the first pass, which every later one follows."""
 
     @property
     def stages(self) -> int:
         """Take the passes of the quartiles."""
-        return order.passes(self.setting.dtype)
+        return self._order.stages
 
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Count importances."""
@@ -52,13 +52,11 @@ class ArceeFusion(Kernel):
             first = block.start // self.unit
             divergence = _divergence(block.models[0].view(-1, self.unit), block.base.view(-1, self.unit))
             self._divergence[first : first + len(divergence)] = divergence.numpy()
-        return order.count(
-            [self._importance(block.deltas[0], block.start)], found[-1] if found else self._sought, len(found)
-        )
+        return self._order.observe([self._importance(block.deltas[0], block.start)], found)
 
     def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
         """Narrow the quartiles down."""
-        return order.narrowed(found[-1] if found else self._sought, totals)
+        return self._order.conclude(totals, found)
 
     def _importance(self, delta: torch.Tensor, start: int) -> torch.Tensor:
         importance = torch.abs(delta, out=scratch("importance", delta.numel(), delta.dtype)).view(-1, self.unit)
@@ -70,7 +68,8 @@ class ArceeFusion(Kernel):
         """Add what is important."""
         assert block.base is not None
         (delta,) = block.deltas
-        first, median, third = (order.value(item, delta.dtype) for item in found[-1])
+        values = self._order.values(found)
+        first, median, third = (values[rank] for rank in self._quartiles)
         threshold = median + 1.5 * (third - first)
         importance = self._importance(delta, block.start)
         if threshold > 0:

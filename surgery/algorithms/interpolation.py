@@ -18,6 +18,9 @@ from surgery.algorithms.kernel import Block, Kernel, Setting, Totals, weighted_s
 from surgery.errors import UsageError
 from surgery.numerics import scratch
 
+_SMALLEST_SINE = 1e-7
+"""Below this, slerp and lerp agree to float64's precision, and the angle of parallel tensors is rounding alone."""
+
 
 def inner_products(tensors: Sequence[torch.Tensor]) -> np.ndarray:
     """Return all ``⟨xᵢ, xⱼ⟩``, accumulated in float64."""
@@ -84,7 +87,7 @@ class Slerp(Spanned):
         norms = np.sqrt(np.diag(products))
         norms = np.where(norms > (1e-8 if self.setting.mergekit else 0.0), norms, 1.0)
         cosine = np.clip(products[0, 1] / norms[0] / norms[1], -1, 1)
-        close = np.abs(cosine) > 0.9995 if self.setting.mergekit else 1 - cosine**2 <= 1e-14
+        close = np.abs(cosine) > 0.9995 if self.setting.mergekit else 1 - cosine**2 <= _SMALLEST_SINE**2
         return [float(value) for value in arc(cosine, float(self.setting.parameters["t"]), close)]
 
 
@@ -136,7 +139,7 @@ class NuSlerp(Spanned):
     def _arc(self, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         norms = np.maximum(np.sqrt(products[:2]), 1e-7 if self.setting.mergekit else np.finfo(np.float64).tiny)
         cosine = np.clip(products[2] / norms[0] / norms[1], -1, 1)
-        return arc(cosine, self._t, 1 - cosine**2 <= (1e-16 if self.setting.mergekit else 1e-14))
+        return arc(cosine, self._t, 1 - cosine**2 <= _SMALLEST_SINE**2)
 
     def combine(self, block: Block, found: Sequence[Any]) -> torch.Tensor:
         """Interpolate the block."""

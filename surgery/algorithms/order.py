@@ -2,82 +2,112 @@
 
 The k-th largest of non-negative floats is found digit by digit: read as integers, their bit patterns have the order of
 their values. A pass counts the leading 16 bits of every value; the bucket with the k-th value is known then, and further
-passes count the next bits of the values inside it. float32 takes two passes, float64 four; memory is 512 kB a bucket.
+passes count the next bits of the values inside it. float32 takes two passes, float64 four; memory is 512 kB a bucket. A
+tensor of a single block is partitioned at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-DIGIT = 16
-_BINS = 1 << DIGIT
+from surgery.algorithms.kernel import Totals
+from surgery.numerics import BLOCK
 
-
-def passes(dtype: torch.dtype) -> int:
-    """Count the passes that values of ``dtype`` take."""
-    return dtype.itemsize * 8 // DIGIT
+_DIGIT = 16
+_BINS = 1 << _DIGIT
 
 
 @dataclass(frozen=True, slots=True)
-class Sought:
-    """One value that is sought: the ``rank``-th largest (from 1) among a stream's values that begin with ``prefix``."""
+class Rank:
+    """The ``rank``-th largest (from 1) of the values of one stream."""
+
+    stream: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a value is sought: as the ``rank``-th largest among those that begin with ``prefix``."""
 
     stream: int
     rank: int
     prefix: int = 0
 
 
-def count(values: Sequence[torch.Tensor], sought: Sequence[Sought], level: int) -> tuple[np.ndarray, ...]:
-    """Count a block's values by their next digit.
+class Order:
+    """Finds values by rank, in :attr:`stages` passes."""
 
-    Args:
-        values: a block of each stream, non-negative, flat.
-        sought: what is sought, as the previous level left it.
-        level: from 0.
+    def __init__(self, ranks: Sequence[Rank], count: int, dtype: torch.dtype) -> None:
+        """Seek ``ranks`` in streams of ``count`` values each."""
+        self.ranks = tuple(ranks)
+        self._bits = dtype.itemsize * 8
+        self._at_once = count <= BLOCK
+        self.stages = 0 if not ranks else 1 if self._at_once else self._bits // _DIGIT
 
-    Returns:
-        For each of :func:`buckets` an array of counts by digit.
-    """
-    return tuple(_digits(values[stream], prefix, level) for stream, prefix in buckets(sought))
+    @property
+    def streams(self) -> list[int]:
+        """Streams that are looked at."""
+        return sorted({rank.stream for rank in self.ranks})
+
+    def observe(self, values: Sequence[torch.Tensor], found: Sequence[Any]) -> Totals:
+        """Count a block's values by their next digit.
+
+        Args:
+            values: a block of each stream by number, non-negative, flat; those not in :attr:`streams` may be anything.
+            found: what earlier stages concluded.
+        """
+        if self._at_once:
+            return (np.array([_kth_largest(values[rank.stream], rank.rank) for rank in self.ranks]),)
+        level = len(found)
+        return tuple(self._digits(values[s], prefix, level) for s, prefix in _buckets(self._places(found)))
+
+    def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
+        """Choose, for each value that is sought, the bucket it is in; at last return the values."""
+        if self._at_once:
+            return totals[0].tolist()
+        places = self._places(found)
+        counts = dict(zip(_buckets(places), totals, strict=True))
+        narrowed = [_narrowed(place, counts[place.stream, place.prefix]) for place in places]
+        if len(found) + 1 < self.stages:
+            return narrowed
+        integer, real = (np.uint32, np.float32) if self._bits == 32 else (np.uint64, np.float64)
+        return np.array([place.prefix for place in narrowed], dtype=integer).view(real).tolist()
+
+    def values(self, found: Sequence[Any]) -> dict[Rank, float]:
+        """Return what was sought, from the findings of all stages."""
+        return dict(zip(self.ranks, found[self.stages - 1], strict=True)) if self.ranks else {}
+
+    def _places(self, found: Sequence[Any]) -> list[_Place]:
+        return list(found[-1]) if found else [_Place(rank.stream, rank.rank) for rank in self.ranks]
+
+    def _digits(self, values: torch.Tensor, prefix: int, level: int) -> np.ndarray:
+        keys = values.view(torch.int32 if self._bits == 32 else torch.int64)
+        shift = self._bits - _DIGIT * (level + 1)
+        if level:
+            pattern = keys.numpy()
+            keys = torch.from_numpy(pattern[(pattern >> (shift + _DIGIT)) == prefix])
+        digits = torch.bitwise_right_shift(keys, shift) if shift else keys
+        if level:
+            digits = digits & (_BINS - 1)
+        return torch.bincount(digits, minlength=_BINS).numpy()
 
 
-def buckets(sought: Sequence[Sought]) -> list[tuple[int, int]]:
-    """List the distinct (stream, prefix) pairs that are counted."""
-    return list(dict.fromkeys((item.stream, item.prefix) for item in sought))
+def _kth_largest(values: torch.Tensor, rank: int) -> float:
+    place = values.numel() - rank
+    return float(np.partition(values.numpy(), place)[place])
 
 
-def narrowed(sought: Sequence[Sought], counts: Sequence[np.ndarray]) -> list[Sought]:
-    """Choose, for each value that is sought, the bucket it is in."""
-    where = {bucket: number for number, bucket in enumerate(buckets(sought))}
-    found = []
-    for item in sought:
-        counted = counts[where[item.stream, item.prefix]]
-        above = np.cumsum(counted[::-1])  # values in the bins from the top down to this one
-        place = int(np.searchsorted(above, item.rank))
-        before = int(above[place - 1]) if place else 0
-        found.append(Sought(item.stream, item.rank - before, item.prefix << DIGIT | (_BINS - 1 - place)))
-    return found
+def _buckets(places: Sequence[_Place]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((place.stream, place.prefix) for place in places))
 
 
-def value(item: Sought, dtype: torch.dtype) -> float:
-    """Return the value whose bit pattern all levels together found."""
-    integer, real = (np.uint32, np.float32) if dtype == torch.float32 else (np.uint64, np.float64)
-    return float(np.array(item.prefix, dtype=integer).view(real))
-
-
-def _digits(values: torch.Tensor, prefix: int, level: int) -> np.ndarray:
-    bits = values.dtype.itemsize * 8
-    keys = values.view(torch.int32 if bits == 32 else torch.int64)
-    shift = bits - DIGIT * (level + 1)
-    if level:
-        pattern = keys.numpy()
-        inside = pattern[(pattern >> (shift + DIGIT)) == prefix]
-        keys = torch.from_numpy(inside)
-    digits = torch.bitwise_right_shift(keys, shift) if shift else keys
-    if level:
-        digits = digits & (_BINS - 1)
-    return torch.bincount(digits, minlength=_BINS).numpy()
+def _narrowed(place: _Place, counts: np.ndarray) -> _Place:
+    above = np.cumsum(counts[::-1])  # values in the bins from the top down to each
+    bins = int(np.searchsorted(above, place.rank))
+    before = int(above[bins - 1]) if bins else 0
+    return _Place(place.stream, place.rank - before, place.prefix << _DIGIT | (_BINS - 1 - bins))

@@ -70,8 +70,9 @@ class RamPlus(Ram):
 
     def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
         """Turn counts into factors."""
-        changed, unique = totals[0].T.astype(np.float64)
-        ratio = (changed - unique) / np.maximum(unique, self._epsilon)
+        # mergekit divides counts in float32.
+        changed, unique = totals[0].T.astype(np.float32 if self.setting.mergekit else np.float64)
+        ratio = (changed - unique) / np.maximum(unique, unique.dtype.type(self._epsilon))
         r, alpha = (float(self.setting.parameters[name]) for name in ("r", "alpha"))
         return 1 + r * np.clip(ratio, 0, alpha)
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.algorithms import order
 from surgery.algorithms.kernel import Block, Kernel, Setting, Totals
-from surgery.algorithms.order import Sought
+from surgery.algorithms.order import Order, Rank
 from surgery.algorithms.sparsify import below, hardshrink
 from surgery.algorithms.task_vectors import agreed_sum
 from surgery.numerics import scratch
@@ -38,17 +37,27 @@ class Sce(Kernel):
 
     @property
     def stages(self) -> int:
-        """Take the passes of a threshold of variances, and one for energies."""
-        return (order.passes(self.setting.dtype) if 0 < self._density < 1 else 0) + 1
+        """Take a pass to count what varies, those of a threshold of variances, and one for energies."""
+        return (1 + Order([Rank(0, 1)], self.setting.numel, self.setting.dtype).stages if self._selects else 0) + 1
+
+    @property
+    def _selects(self) -> bool:
+        return 0 < self._density < 1
+
+    def _order(self, varying: int) -> Order | None:
+        """Seek the least variance that is kept; ``None``: nothing is."""
+        rank = int(self._density * varying)
+        return Order([Rank(0, rank)], self.setting.numel, self.setting.dtype) if rank else None
 
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
-        """Count variances, then sum squares."""
+        """Count what varies, then variances, then sum squares."""
         deltas = block.deltas
         if len(found) < self.stages - 1:
-            sought = found[-1] if found else [Sought(0, 0)]
             variance = _variance(deltas)
-            counts = order.count([variance], sought, len(found))
-            return counts if found else (*counts, np.array([int(torch.count_nonzero(variance))]))
+            if not found:
+                return (np.array([int(torch.count_nonzero(variance))]),)
+            order = self._order(found[0])
+            return order.observe([variance], found[1:]) if order else ()
         self._select(deltas, found)
         wide = scratch("wide", deltas[0].numel())
         return (np.array([float(torch.dot(wide.copy_(delta), wide)) for delta in deltas]),)
@@ -56,10 +65,10 @@ class Sce(Kernel):
     def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
         """Narrow the threshold down, then turn energies into weights."""
         if len(found) < self.stages - 1:
-            if found:
-                return order.narrowed(found[-1], totals)
-            rank = int(self._density * int(totals[-1][0]))
-            return order.narrowed([Sought(0, rank)], totals[:-1]) if rank else []
+            if not found:
+                return int(totals[0][0])
+            order = self._order(found[0])
+            return order.conclude(totals, found[1:]) if order else None
         (energies,) = totals
         mean = energies.sum() / self.setting.numel
         if mean < 1e-6 if self.setting.mergekit else mean == 0:
@@ -69,14 +78,14 @@ class Sce(Kernel):
     def _select(self, deltas: Sequence[torch.Tensor], found: Sequence[Any]) -> None:
         if self._density >= 1:
             return
-        levels = order.passes(self.setting.dtype)
-        if self._density <= 0 or not found[levels - 1]:
+        order = self._order(found[0]) if self._selects else None
+        if order is None:
             for delta in deltas:
                 delta.zero_()
             return
-        least = below(order.value(found[levels - 1][0], deltas[0].dtype), deltas[0].dtype)
+        (least,) = order.values(found[1:]).values()
         kept = _variance(deltas)
-        hardshrink(kept, least, out=kept)
+        hardshrink(kept, below(least, kept.dtype), out=kept)
         kept.sign_()
         for delta in deltas:
             delta.mul_(kept)

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.algorithms import order
 from surgery.algorithms.kernel import Setting, Totals
-from surgery.algorithms.order import Sought
+from surgery.algorithms.order import Order, Rank
 from surgery.errors import UsageError
 from surgery.numerics import scratch
 
@@ -54,13 +53,14 @@ class Magnitude(Sparsifier):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._windows = [self.window(density, model) for model, density in enumerate(self.densities)]
-        self._sought = [
-            Sought(model, rank)
+        ranks = [
+            Rank(model, rank)
             for model, window in enumerate(self._windows)
             if window and window[0] <= window[1]
             for rank in (window if window[0] > 1 else window[1:])
             if rank < setting.numel
         ]
+        self._order = Order(ranks, setting.numel, setting.dtype)
 
     def window(self, density: float, model: int) -> tuple[int, int] | None:
         """Return the ranks (from 1, by falling magnitude) of the first and the last element kept; ``None``: keep all."""
@@ -69,22 +69,20 @@ class Magnitude(Sparsifier):
     @property
     def stages(self) -> int:
         """Take the passes that thresholds take, if any is needed."""
-        return order.passes(self.setting.dtype) if self._sought else 0
+        return self._order.stages
 
     def observe(self, deltas: Sequence[torch.Tensor], start: int, found: Sequence[Any]) -> Totals:
         """Count magnitudes."""
-        sought = found[-1] if found else self._sought
-        magnitudes = {
-            item.stream: torch.abs(
-                deltas[item.stream], out=scratch(f"|δ| {item.stream}", deltas[0].numel(), deltas[0].dtype)
+        magnitudes = list(deltas)
+        for model in self._order.streams:
+            magnitudes[model] = torch.abs(
+                deltas[model], out=scratch(f"|δ| {model}", deltas[model].numel(), deltas[model].dtype)
             )
-            for item in {item.stream: item for item in sought}.values()
-        }
-        return order.count([magnitudes.get(model, deltas[model]) for model in range(len(deltas))], sought, len(found))
+        return self._order.observe(magnitudes, found)
 
     def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
         """Narrow the thresholds down."""
-        return order.narrowed(found[-1] if found else self._sought, totals)
+        return self._order.conclude(totals, found)
 
     def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
         """Zero what lies outside of the window's magnitudes."""
@@ -94,13 +92,8 @@ class Magnitude(Sparsifier):
         if window[0] > window[1]:
             delta.zero_()
             return
-        if not self._sought:
-            return
-        limits = {
-            (item.stream, item.rank): order.value(done, delta.dtype)
-            for item, done in zip(self._sought, found[order.passes(self.setting.dtype) - 1], strict=True)
-        }
-        greatest, least = limits.get((model, window[0])), limits.get((model, window[1]))
+        limits = self._order.values(found)
+        greatest, least = limits.get(Rank(model, window[0])), limits.get(Rank(model, window[1]))
         if greatest is not None and window[0] > 1:
             kept = scratch("kept", delta.numel(), delta.dtype)
             delta.sub_(hardshrink(delta, greatest, out=kept))  # what is greater goes
