@@ -276,6 +276,21 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             stored.close()
 
 
+def work_of(members: Iterable[Checkpoint], *own: object) -> str | None:
+    """Say what a merge of checkpoints does, for :attr:`Origin.work`; ``None`` where one of them is not made of files alone.
+
+    Args:
+        members: the inputs.
+        own: everything else that decides the values; its ``repr`` must say all of it.
+    """
+    inherited = []
+    for member in members:
+        if not member.stored or (member.origin is not None and member.origin.work is None):
+            return None
+        inherited.append(member.origin.work if member.origin else "")
+    return repr((own, inherited))
+
+
 def default_jobs() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

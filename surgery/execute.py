@@ -80,7 +80,7 @@ def run(
         tensors: the values.
         publication: the output in the making.
         progress: somebody who watches.
-        names: other names for the plan's files.
+        names: other names for the plan's files, which are then small, and not entered in the journal.
         only: the numbers of the files to make; all by default.
 
     Returns:
@@ -106,7 +106,9 @@ def run(
         jobs = [job for job in plan.jobs if job.file in files]
         watcher.start(sum(job.nbytes for job in jobs))
         try:
-            _run_jobs(plan.workers, jobs, tensors, files, _Shards(jobs, files, publication, watcher), watcher)
+            _run_jobs(
+                plan.workers, jobs, tensors, files, _Shards(jobs, files, publication, watcher, enter=not names), watcher
+            )
         finally:
             watcher.finish()
     for file in files.values():
@@ -170,8 +172,15 @@ class _Shards:
     """Counts the jobs that each file still waits for."""
 
     def __init__(
-        self, jobs: Sequence[Job], files: Mapping[int, _File], publication: Publication, progress: Progress
+        self,
+        jobs: Sequence[Job],
+        files: Mapping[int, _File],
+        publication: Publication,
+        progress: Progress,
+        *,
+        enter: bool,
     ) -> None:
+        self._enter = enter
         self._files = files
         self._publication = publication
         self._progress = progress
@@ -186,7 +195,8 @@ class _Shards:
             if self._left[job.file]:
                 return
         file = self._files[job.file]
-        self._publication.finish(file.name, file.output, file.fingerprints())
+        if self._enter:
+            self._publication.finish(file.name, file.output, file.fingerprints())
         with self._lock:
             self._done += 1
             done = self._done

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import surgery
 from surgery.cli import main
 from surgery.journal import NAME, Journal
 from surgery.writer import Publication
@@ -172,18 +173,20 @@ def interrupted(monkeypatch, after):
     monkeypatch.setattr(Journal, "finish", stop)
 
 
-def test_an_interrupted_merge_says_so_and_goes_on(work, run, monkeypatch):
-    run("merge", "recipe.yml", "-o", "whole", *SHARDS, "-q")
+@pytest.mark.parametrize("inputs", ["recipe.yml", "a b --algorithm task_arithmetic --coeff 0.5 --dtype F16"])
+def test_an_interrupted_merge_says_so_and_goes_on(work, run, monkeypatch, inputs):
+    inputs = inputs.split()
+    run("merge", *inputs, "-o", "whole", *SHARDS, "-q")
     with monkeypatch.context() as patch:
         interrupted(patch, 4)
-        said = run("merge", "recipe.yml", "-o", "out", *SHARDS, "--jobs", "1", "-q", code=130)
+        said = run("merge", *inputs, "-o", "out", *SHARDS, "--jobs", "1", "-q", code=130)
     assert said.strip() == (
         "surgery: error: interrupted: finished files are kept; the same command continues, --restart begins anew"
     )
     assert not (work / "out").exists()
     kept = {path.name: path.stat().st_ino for path in (work / ".out.surgery-tmp").glob("*.safetensors")}
     assert 4 <= len(kept) < 13
-    said = run("merge", "recipe.yml", "-o", "out", *SHARDS)
+    said = run("merge", *inputs, "-o", "out", *SHARDS)
     assert "(1 of " in said
     for name, number in kept.items():
         assert (work / "out" / name).stat().st_ino == number, "it was made again"
@@ -231,6 +234,17 @@ def test_an_error_clears_everything_away(work, run):
         save_file(tensors, work / name / "model.safetensors")
     assert "NaN" in run("merge", "recipe.yml", "-o", "out", *SHARDS, "--jobs", "1", "-q", code=6)
     assert sorted(os.listdir(work)) == ["a", "b", "recipe.yml"]
+
+
+def test_what_is_not_made_of_files_alone_begins_anew(work):
+    stored = surgery.merge("a", "b", algorithm="linear")
+    assert stored.origin.work == surgery.merge("a", "b", algorithm="linear").origin.work
+    assert stored.origin.work != surgery.merge("a", "b", algorithm="linear", coeff=[1, 2]).origin.work
+    held = surgery.open("a").state_dict()
+    assert surgery.merge("a", held, algorithm="linear").origin.work is None
+    assert surgery.merge("a", "b", algorithm="linear", coeff=lambda _: 1.0).origin.work is None
+    assert surgery.merge("a", surgery.merge("a", held, algorithm="linear"), algorithm="linear").origin.work is None
+    assert surgery.merge("a", stored, algorithm="linear").origin.work is not None
 
 
 # --- shares

@@ -63,6 +63,15 @@ def merge_recipe(
         UsageError: an algorithm or a parameter that is not known, or a number of models that does not fit it.
         HubError: a model that is not on this machine.
         MismatchError: models that do not fit together, or layers that a model does not have.
+
+    >>> import tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> folder = tempfile.mkdtemp()
+    >>> for name, value in (("a", 0.0), ("b", 1.0)):
+    ...     save_file({"w": torch.full((2,), value)}, f"{folder}/{name}.safetensors")
+    >>> models = f"[{{model: {folder}/a.safetensors}}, {{model: {folder}/b.safetensors}}]"
+    >>> merge_recipe(f"{{merge_method: linear, models: {models}}}".encode())["w"].tolist()
+    [0.5, 0.5]
     """
     data, label = (recipe, "recipe") if isinstance(recipe, bytes) else (read_recipe(recipe), os.fspath(recipe))
     try:
