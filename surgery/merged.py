@@ -23,6 +23,11 @@ from surgery.algorithms.registry import COMPAT, PAPER, Algorithm, find, resolve
 from surgery.errors import MismatchError, NumericError, SurgeryError, UnsupportedError, UsageError
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
+_RUNS, _RUN = 64, 1024
+"""Runs of a sample, and elements in each, at least."""
+_SAMPLE_OF = 1 << 20
+"""Smaller tensors are not worth a sample."""
+
 
 class Merged:
     """``round(algorithm(inputs, base))``, rounded once to the output's dtype.
@@ -135,6 +140,20 @@ class Merged:
         """Observe one block for the stage that comes next."""
         return self._kernel.observe(self._block(low, high), found)
 
+    def sample(self) -> Block:
+        """Gather runs of elements from all over the tensor: the same wherever it lies, whatever it is merged with."""
+        unit = self.unit
+        run = max(_RUN // unit, 1) * unit
+        step = max(self.spec.numel // (_RUNS * unit), 1) * unit
+        starts = range(0, self.spec.numel - run + 1, max(step, run))[:_RUNS]
+        blocks = []
+        for number, source in enumerate(self._sources):
+            values = numerics.scratch(f"input {number}", run * len(starts), self._working)
+            for place, start in enumerate(starts):
+                numerics.widen(source, start, start + run, values[place * run : (place + 1) * run])
+            blocks.append(values)
+        return Block(tuple(blocks if self.base is None else blocks[1:]), None if self.base is None else blocks[0], 0)
+
     def _block(self, start: int, stop: int) -> Block:
         count = stop - start
         blocks = []
@@ -201,7 +220,12 @@ class _Findings:
     def _run(self) -> list[Any]:
         merged, kernel = self._merged, self._merged._kernel  # noqa: SLF001
         found: list[Any] = []
+        if merged.spec.numel > _SAMPLE_OF:
+            kernel.sample(merged.sample())
         for _ in range(kernel.stages):
+            if not kernel.needs(found):
+                found.append(None)
+                continue
             totals: Totals | None = None
             for low, high in merged.cuts(0, merged.spec.numel):
                 part = merged.observe(low, high, found)

@@ -26,9 +26,9 @@ COEFFICIENT_ONE = {
 }
 """Algorithms that do not return one model as it is, and why."""
 
-COEFFICIENT_ZERO = {
-    name: "no coefficients" for name in ("sce", "model_stock", "nearswap", "arcee_fusion", "ram", "ramplus")
-}
+COEFFICIENT_ZERO = dict.fromkeys(
+    ("sce", "model_stock", "nearswap", "arcee_fusion", "ram", "ramplus"), "no coefficients"
+)
 """Algorithms with a base that cannot be given the coefficient 0."""
 
 SYMMETRIC_EXEMPT = {

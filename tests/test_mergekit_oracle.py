@@ -24,7 +24,7 @@ GOLDENS = Path(
 with safe_open(GOLDENS, "pt") as opened:
     METADATA = opened.metadata()
     TENSORS = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-CASES = [case for case in json.loads(METADATA["cases"])]
+CASES = json.loads(METADATA["cases"])
 ANSWERED = [case for case in CASES if "refused" not in case]
 
 # mergekit computes with random masks in float32 whatever the dtype.

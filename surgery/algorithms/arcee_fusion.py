@@ -37,7 +37,7 @@ class ArceeFusion(Kernel):
         count = setting.numel
         self._quartiles = [Rank(0, count - int(q * (count - 1))) for q in _QUARTILES]
         self._order = Order(self._quartiles, count, setting.dtype)
-        self._divergence = np.empty(count // self.unit)
+        self._divergence = np.full(count // self.unit, np.nan)
         """KL of each row: made in the first pass, which every later one follows."""
 
     @property
@@ -45,10 +45,14 @@ class ArceeFusion(Kernel):
         """Take the passes of the quartiles."""
         return self._order.stages
 
+    def needs(self, found: Sequence[Any]) -> bool:
+        """Spare the pass that a sample would have been for."""
+        return self._order.needs(found)
+
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Count importances."""
         assert block.base is not None
-        if not found:
+        if np.isnan(self._divergence[block.start // self.unit]):
             first = block.start // self.unit
             divergence = _divergence(block.models[0].view(-1, self.unit), block.base.view(-1, self.unit))
             self._divergence[first : first + len(divergence)] = divergence.numpy()

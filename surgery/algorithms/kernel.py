@@ -107,6 +107,13 @@ class Kernel:
         """Count the passes over the whole tensor that go before combining."""
         return 0
 
+    def sample(self, block: Block) -> None:
+        """See some of the tensor's elements (gathered, ``start`` means nothing) before the first stage."""
+
+    def needs(self, found: Sequence[Any]) -> bool:
+        """Say whether stage ``len(found)`` has to look at the tensor; where not, its finding is ``None``."""
+        return True
+
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Return what the block adds to stage ``len(found)``."""
         raise NotImplementedError
@@ -179,5 +186,5 @@ def merge_tensors(
         return models[0].clone()
     found: list[Any] = []
     for _ in range(kernel.stages):
-        found.append(kernel.conclude(kernel.observe(block(), found), found))
+        found.append(kernel.conclude(kernel.observe(block(), found), found) if kernel.needs(found) else None)
     return kernel.combine(block(), found).clone().reshape(models[0].shape)

@@ -4,6 +4,10 @@ The k-th largest of non-negative floats is found digit by digit: read as integer
 their values. A pass counts the leading 16 bits of every value; the bucket with the k-th value is known then, and further
 passes count the next bits of the values inside it. float32 takes two passes, float64 four; memory is 512 kB a bucket. A
 tensor of a single block is partitioned at once.
+
+A pass is spared where a *sample* was seen before: it gives each value a window of neighbouring bit patterns that it is
+all but certain to lie in; one pass counts what is above the window and every pattern inside it. Should the value lie
+elsewhere, the passes above follow. What is found is exact in either case.
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ import numpy as np
 import torch
 
 from surgery.algorithms.kernel import Totals
-from surgery.numerics import BLOCK
+from surgery.numerics import BLOCK, scratch
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
+_WIDEST = 1 << 18
+"""Bit patterns in a window, at most: in float32 about 3 % of the value."""
+_MARGIN = 0.015
+"""Share of all values between the one that is sought and either end of its window, as far as a sample can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +47,73 @@ class _Place:
     prefix: int = 0
 
 
+class _Window:
+    """Counts the values above a run of bit patterns, and each pattern in it."""
+
+    def __init__(self, rank: Rank, low: int, width: int) -> None:
+        self.rank = rank
+        self.low = low
+        self.width = width
+        self.counts = torch.zeros(width, dtype=torch.int64)
+        """Counted where the values are, not returned block by block: integers, so their order does not matter."""
+
+    def observe(self, keys: np.ndarray) -> int:
+        """Count inside, and return how many are above."""
+        # Into working memory: fresh pages would cost more than the arithmetic.
+        offsets = scratch("offsets", keys.size, torch.int32).numpy()
+        mask = scratch("mask", keys.size, torch.bool).numpy()
+        np.subtract(keys, np.int32(self.low), out=offsets)
+        above = int(np.count_nonzero(np.greater_equal(offsets, np.int32(self.width), out=mask)))
+        np.less(offsets.view(np.uint32), np.uint32(self.width), out=mask)
+        inside = torch.from_numpy(offsets[mask]).to(torch.int64)
+        self.counts.scatter_add_(0, inside, torch.ones_like(inside))
+        return above
+
+    def value(self, above: int) -> float | None:
+        """Return what is sought, or ``None`` where it lies elsewhere."""
+        within = self.rank.rank - above
+        if not 0 < within <= int(self.counts.sum()):
+            return None
+        offset, _ = _bin_of(within, self.counts.numpy())
+        return float(np.array(self.low + offset, dtype=np.uint32).view(np.float32))
+
+
 class Order:
-    """Finds values by rank, in :attr:`stages` passes."""
+    """Finds values by rank, in at most :attr:`stages` passes."""
 
     def __init__(self, ranks: Sequence[Rank], count: int, dtype: torch.dtype) -> None:
         """Seek ``ranks`` in streams of ``count`` values each."""
         self.ranks = tuple(ranks)
+        self._count = count
         self._bits = dtype.itemsize * 8
         self._at_once = count <= BLOCK
-        self.stages = 0 if not ranks else 1 if self._at_once else self._bits // _DIGIT
+        self._windows: list[_Window] = []
+        self.stages = 0 if not ranks else 1 if self._at_once else 1 + self._bits // _DIGIT
 
     @property
     def streams(self) -> list[int]:
         """Streams that are looked at."""
         return sorted({rank.stream for rank in self.ranks})
+
+    def sample(self, values: Sequence[torch.Tensor]) -> None:
+        """See some of every stream's values before the first pass."""
+        if self._at_once or self._bits != 32:
+            return
+        for rank in self.ranks:
+            ordered = np.sort(values[rank.stream].numpy()).view(np.int32)
+            share = 1 - rank.rank / self._count
+            low, middle, high = (
+                int(ordered[min(max(round((share + off) * ordered.size), 0), ordered.size - 1)])
+                for off in (-_MARGIN, 0, _MARGIN)
+            )
+            low = max(low, middle - _WIDEST // 2)
+            self._windows.append(_Window(rank, low, min(high - low + 1, _WIDEST)))
+
+    def needs(self, found: Sequence[Any]) -> bool:
+        """Say whether stage ``len(found)`` has to look at the values at all."""
+        if self._at_once:
+            return True
+        return bool(self._windows) if not found else found[0] is None
 
     def observe(self, values: Sequence[torch.Tensor], found: Sequence[Any]) -> Totals:
         """Count a block's values by their next digit.
@@ -63,13 +124,20 @@ class Order:
         """
         if self._at_once:
             return (np.array([_kth_largest(values[rank.stream], rank.rank) for rank in self.ranks]),)
-        level = len(found)
+        if not found:
+            keys = {stream: values[stream].view(torch.int32).numpy() for stream in self.streams}
+            return (np.array([window.observe(keys[window.rank.stream]) for window in self._windows]),)
+        level = len(found) - 1
         return tuple(self._digits(values[s], prefix, level) for s, prefix in _buckets(self._places(found)))
 
     def conclude(self, totals: Totals, found: Sequence[Any]) -> Any:
         """Choose, for each value that is sought, the bucket it is in; at last return the values."""
         if self._at_once:
             return totals[0].tolist()
+        if not found:
+            values = [window.value(int(above)) for window, above in zip(self._windows, totals[0], strict=True)]
+            self._windows.clear()
+            return None if None in values else values
         places = self._places(found)
         counts = dict(zip(_buckets(places), totals, strict=True))
         narrowed = [_narrowed(place, counts[place.stream, place.prefix]) for place in places]
@@ -80,10 +148,13 @@ class Order:
 
     def values(self, found: Sequence[Any]) -> dict[Rank, float]:
         """Return what was sought, from the findings of all stages."""
-        return dict(zip(self.ranks, found[self.stages - 1], strict=True)) if self.ranks else {}
+        if not self.ranks:
+            return {}
+        last = found[0] if found[0] is not None else found[self.stages - 1]
+        return dict(zip(self.ranks, last, strict=True))
 
     def _places(self, found: Sequence[Any]) -> list[_Place]:
-        return list(found[-1]) if found else [_Place(rank.stream, rank.rank) for rank in self.ranks]
+        return list(found[-1]) if len(found) > 1 else [_Place(rank.stream, rank.rank) for rank in self.ranks]
 
     def _digits(self, values: torch.Tensor, prefix: int, level: int) -> np.ndarray:
         keys = values.view(torch.int32 if self._bits == 32 else torch.int64)
@@ -107,7 +178,12 @@ def _buckets(places: Sequence[_Place]) -> list[tuple[int, int]]:
 
 
 def _narrowed(place: _Place, counts: np.ndarray) -> _Place:
+    digit, rank = _bin_of(place.rank, counts)
+    return _Place(place.stream, rank, place.prefix << _DIGIT | digit)
+
+
+def _bin_of(rank: int, counts: np.ndarray) -> tuple[int, int]:
+    """Find the bin that holds the ``rank``-th value from the top, and the value's rank in it."""
     above = np.cumsum(counts[::-1])  # values in the bins from the top down to each
-    bins = int(np.searchsorted(above, place.rank))
-    before = int(above[bins - 1]) if bins else 0
-    return _Place(place.stream, place.rank - before, place.prefix << _DIGIT | (_BINS - 1 - bins))
+    bins = int(np.searchsorted(above, rank))
+    return len(counts) - 1 - bins, rank - (int(above[bins - 1]) if bins else 0)

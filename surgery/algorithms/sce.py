@@ -49,6 +49,13 @@ class Sce(Kernel):
         rank = int(self._density * varying)
         return Order([Rank(0, rank)], self.setting.numel, self.setting.dtype) if rank else None
 
+    def needs(self, found: Sequence[Any]) -> bool:
+        """Spare the passes of thresholds that are not there, or are known."""
+        if not 0 < len(found) < self.stages - 1:
+            return True
+        order = self._order(found[0])
+        return order is not None and order.needs(found[1:])
+
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Count what varies, then variances, then sum squares."""
         deltas = block.deltas
@@ -57,7 +64,8 @@ class Sce(Kernel):
             if not found:
                 return (np.array([int(torch.count_nonzero(variance))]),)
             order = self._order(found[0])
-            return order.observe([variance], found[1:]) if order else ()
+            assert order is not None  # else the pass is spared
+            return order.observe([variance], found[1:])
         self._select(deltas, found)
         wide = scratch("wide", deltas[0].numel())
         return (np.array([float(torch.dot(wide.copy_(delta), wide)) for delta in deltas]),)
@@ -68,7 +76,8 @@ class Sce(Kernel):
             if not found:
                 return int(totals[0][0])
             order = self._order(found[0])
-            return order.conclude(totals, found[1:]) if order else None
+            assert order is not None  # else the pass is spared
+            return order.conclude(totals, found[1:])
         (energies,) = totals
         mean = energies.sum() / self.setting.numel
         if mean < 1e-6 if self.setting.mergekit else mean == 0:

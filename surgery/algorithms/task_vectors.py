@@ -53,6 +53,15 @@ class TaskArithmetic(Kernel):
         """Take the sparsifier's passes, and one for L1 norms where they are kept."""
         return self._sparse.stages + self._by_l1
 
+    def sample(self, block: Block) -> None:
+        """Let the sparsifier guess its thresholds."""
+        if self._sparse.stages:
+            self._sparse.sample(block.deltas)
+
+    def needs(self, found: Sequence[Any]) -> bool:
+        """Spare what the sparsifier spares."""
+        return len(found) >= self._sparse.stages or self._sparse.needs(found)
+
     def observe(self, block: Block, found: Sequence[Any]) -> Totals:
         """Observe for thresholds, then for L1 norms."""
         deltas = block.deltas
@@ -124,7 +133,9 @@ def agreed_sum(
         if least:
             divisor.clamp_min_(least)
         else:
-            divisor.add_(torch.eq(divisor, 0.0))
+            # 0 becomes 1. Comparing would take four times as long as these.
+            nothing = torch.sign(divisor, out=scratch("ones", count, dtype)).abs_().neg_().add_(1.0)
+            divisor.add_(nothing)
         total.div_(divisor)
     return total.mul_(elected)
 
@@ -168,7 +179,7 @@ class DareTies(DareLinear):
 class DellaLinear(TaskArithmetic):
     """DELLA without election: drop at random, small elements of a row sooner, divide the rest by its own probability.
 
-    Departs from the paper: ``ε`` is half the window's width, as in the authors' code; equal magnitudes share a rank.
+    Departs from the paper: ``ε`` is half the window's width, as in the authors' code.
     Departs in mergekit: task vectors are scaled to the L1 norm they had before; in tensors of three dimensions and more
     the second one is ranked.
 
