@@ -311,6 +311,33 @@ def test_an_adapter_after_a_plus_is_merged_into_its_model(models, tmp_path):
     assert torch.equal(stacked[name.format(0)], whole[name.format(3)].to(torch.bfloat16))
 
 
+def test_a_head_that_one_model_ties_is_merged_from_its_embedding(models, tmp_path):
+    make(tmp_path / "untied", "qwen", 5, tie_word_embeddings=False)
+    text = "{models: [{model: %s}, {model: %s}], merge_method: linear, parameters: {weight: 1}, dtype: float32}"
+    tied, untied = weights(models, "q1"), load_file(tmp_path / "untied" / "model.safetensors")
+    wide = (tied["model.embed_tokens.weight"].double() + untied["lm_head.weight"].double()) / 2
+    for number, order in enumerate([("org/q1", tmp_path / "untied"), (tmp_path / "untied", "org/q1")]):
+        result = merged(text % order)
+        assert torch.allclose(result["lm_head.weight"].double(), wide, rtol=1e-6)
+        assert loads(result, tmp_path / f"out{number}").config.tie_word_embeddings is False
+
+
+def test_modules_are_parts_of_names_each_with_its_own_settings(models):
+    result = merged(
+        """
+        modules:
+          model: {models: [{model: org/a}, {model: org/b}], parameters: {weight: [{filter: mlp, value: 0.25}]}}
+          lm_head: {models: [{model: org/b, parameters: {weight: 1}}]}
+        parameters: {weight: 1}
+        merge_method: linear
+        """
+    )
+    a, b = weights(models, "a"), weights(models, "b")
+    assert same(result["lm_head.weight"], b["lm_head.weight"])
+    wide = (a["model.norm.weight"].double() + b["model.norm.weight"].double()) / 2
+    assert torch.allclose(result["model.norm.weight"].double(), wide, rtol=2**-8)
+
+
 def test_state_dicts_in_files_are_merged_as_raw_recipes_ask(tmp_path):
     torch.manual_seed(0)
     files = {name: {"w": torch.randn(3, 4), "steps": torch.tensor(7)} for name in ("one", "two")}

@@ -100,6 +100,11 @@ def main_stack(model: Checkpoint, names: Iterable[str]) -> Stack:
     )
 
 
+def is_head(name: str) -> bool:
+    """Say whether a tensor is an output head, which a model may tie to its embedding and not store."""
+    return _HEAD.search(name) is not None
+
+
 def comes_before(name: str) -> bool:
     """Say whether a tensor outside of the layers stands before them.
 
@@ -108,4 +113,4 @@ def comes_before(name: str) -> bool:
     >>> comes_before("embed_out.weight"), comes_before("model.norm.weight")
     (False, False)
     """
-    return _HEAD.search(name) is None and _BEFORE.search(name) is not None
+    return not is_head(name) and _BEFORE.search(name) is not None

@@ -10,7 +10,8 @@ from surgery.errors import MismatchError
 from surgery.formats.recipe import Module, Part, Reference, Slice
 from surgery.operations.recipe_config import LayerOrigin
 from surgery.operations.recipe_inputs import Input, Inputs
-from surgery.operations.recipe_layers import Stack, comes_before, main_stack, stacks_of
+from surgery.operations.recipe_layers import Stack, comes_before, is_head, main_stack, stacks_of
+from surgery.operations.recipe_tokenizer import is_vocabulary, rows_of
 from surgery.report import join_shown
 
 
@@ -74,7 +75,7 @@ class Outline:
         depths = _depths(names[0])
         for name in dict.fromkeys(name for own in names for name in own):
             t = depths.get(name, self._outside(comes_before(name)))
-            yield Output(name, dict.fromkeys(range(len(names)), name), module, piece, t)
+            yield Output(name, self._inputs_of(piece, name), module, piece, t)
 
     def _outside(self, before: bool) -> float:
         """Return the ``t`` of tensors outside of the layers. mergekit has 0 for all, even for those at the end."""
@@ -127,7 +128,7 @@ class Outline:
                 if name not in inside and comes_before(name) == before
             )  # fmt: skip
         for name in names:
-            yield Output(name, dict.fromkeys(range(len(piece.parts)), name), module, piece, self._outside(before))
+            yield Output(name, self._inputs_of(piece, name), module, piece, self._outside(before))
 
     def _names(self, module: Module, part: Part) -> list[str]:
         """List the tensors of a model that belong to a module."""
@@ -140,6 +141,19 @@ class Outline:
                 mend=f"modules are parts of names; there are {join_shown(tops, 8)}",
             )
         return names
+
+    def _inputs_of(self, piece: Slice, name: str) -> dict[int, str]:
+        """Name the tensor in every part: the same, but for a head that a model ties to its embedding and does not store."""
+        found = {}
+        for number, part in enumerate(piece.parts):
+            model = self._input(part).model
+            tied = name not in model.tensors and is_head(name) and (model.config or {}).get("tie_word_embeddings", True)
+            embeddings = [
+                other for other, tensor in model.tensors.items()
+                if comes_before(other) and is_vocabulary(tensor, rows_of(model))
+            ] if tied and name.endswith(".weight") else []  # fmt: skip
+            found[number] = embeddings[0] if len(embeddings) == 1 else name
+        return found
 
     def layer_origins(self) -> list[LayerOrigin] | None:
         """Tell for every output layer which model's configuration it follows; ``None`` where the layers are as they were."""
