@@ -436,6 +436,11 @@ HOSTILE = {
         9,
         ["org/nowhere", "Hugging Face cache", "the Hub is not read yet"],
     ),
+    "a base outside of its slice": (
+        "{slices: [{sources: [{model: org/a, layer_range: [0, 2]}]}], base_model: org/b, merge_method: task_arithmetic}",
+        3,
+        ["line 1", "org/b is not among the sources"],
+    ),
     "a folder that is not there": (LINEAR % "./nowhere/at/all", 3, ["./nowhere/at/all", "no folder"]),
     "a folder that is empty": (LINEAR % "H/empty", 3, ["empty"]),
     "two models where one is taken": ("{models: [{model: org/a}, {model: org/b}], merge_method: passthrough}", 2, ["1"]),

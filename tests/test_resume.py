@@ -297,6 +297,9 @@ def test_a_plan_is_shown_from_headers_and_says_what_becomes_of_every_tensor(work
     assert "13: model-00001-of-00013.safetensors" in said
     row = next(line for line in said.splitlines() if line.startswith("layers.*.w"))
     assert " ".join(row.split()) == "layers.*.w linear of a, b coeff 0, 1 … coeff 1, 0.5 12 197 kB"
+    document = json.loads(run("plan", "recipe.yml", "--json"))
+    assert document["schema"] == "surgery.plan/1"
+    assert [row["tensors"] for row in document["what_would_be_written"]] == ["embed.weight", "layers.*.w"]
     assert sorted(os.listdir(work)) == ["a", "b", "recipe.yml"]
 
 

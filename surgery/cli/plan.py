@@ -44,12 +44,9 @@ def command(
         raise UsageError("a saved plan needs the folder that it will write", mend="say -o FOLDER")
     merged = merge_recipe(recipe, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
     found = merged.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
-    if not as_json and not quiet and merged.origin:
-        for table in merged.origin.tables:
-            terminal.table(table)
-            click.echo()
+    tables = merged.origin.tables if merged.origin else ()
     if not quiet:
-        terminal.plan(found, as_json=as_json, verb="merge", notes_=merged.notes)
+        terminal.plan(found, as_json=as_json, verb="merge", notes_=merged.notes, tables=tables)
     if not as_json and not quiet:
         total = found.bytes_read + found.bytes_written
         terminal.facts([("time", f"about {total / RATE:.0f} s where reading and writing go at {human_bytes(RATE)}/s")])

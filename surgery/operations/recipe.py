@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery import provenance
-from surgery.algorithms.registry import MERGEKIT, Parameter, find
+from surgery.algorithms.registry import MERGEKIT, find
 from surgery.checkpoint import Checkpoint, Origin, refuse_quantised
 from surgery.errors import FormatError, MismatchError, SurgeryError
 from surgery.formats.recipe import Module, Part, Recipe, Slice, parse
-from surgery.formats.settings import Settings, first_value
 from surgery.formats.tokenizer import CONFIG, FILE_STARTS, with_template
-from surgery.formats.yaml_strict import did_you_mean
 from surgery.merged import merged
 from surgery.operations import recipe_config
 from surgery.operations.recipe_inputs import Input, Inputs, last_stage
 from surgery.operations.recipe_outputs import Outline, Output
 from surgery.operations.recipe_rules import Rule, describe, generalised, rules_table
+from surgery.operations.recipe_settings import Choices
 from surgery.operations.recipe_tokenizer import (
     Tokens,
     chat_template,
@@ -33,11 +32,6 @@ from surgery.operations.recipe_tokenizer import (
 from surgery.report import Table, join_shown
 from surgery.sources import local
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
-
-ACCEPTED: Mapping[str, str] = {
-    "int8_mask": "saves memory in mergekit and changes no value; surgery's blocks need none of it",
-}
-"""Parameters of mergekit that mean nothing here, whatever the algorithm."""
 
 
 def merge_recipe(
@@ -113,19 +107,17 @@ class _Merge:
     compat: str
     seed: int
     allow_nonfinite: bool
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.algorithm = find(self.recipe.algorithm)
-        self.known = {parameter.recipe_name: parameter for parameter in self.algorithm.parameters}
         self.modules = [self._with_base(module) for module in self.recipe.modules]
+        self.choices = Choices(self.algorithm, self.recipe.settings, self.modules)
         self.outline = Outline(self.modules, self.inputs, self.compat)
         self.traced: dict[int, dict[str, provenance.Traced]] = {}
         self.members: list[Input] = []
         self.tokens = self._choose_tokens()
         self.tally = _Tally()
         self.rules: dict[str, Rule] = {}
-        self._check_settings()
 
     # --- what goes in
 
@@ -138,37 +130,6 @@ class _Merge:
         whole = Slice((*piece.parts, Part(base, line=base.line)), piece.base, piece.settings, piece.line)
         return Module(module.name, (whole,), module.settings, module.whole, module.line)
 
-    def _check_settings(self) -> None:
-        """Refuse parameters that the algorithm does not take, and those of the merge that are given to one model."""
-        for settings, own in self._all_settings():
-            for name, setting in settings.items():
-                line = f"line {setting.line}: "
-                if name in ACCEPTED:
-                    self._note(f"{line}{name} {ACCEPTED[name]}")
-                elif name in self.algorithm.ignored:
-                    self._note(f"{line}{self.algorithm.name} does not use {name}, in mergekit neither")
-                elif name not in self.known:
-                    raise FormatError(
-                        f"{line}{self.algorithm.name} has no parameter {name!r}",
-                        mend=did_you_mean(name, self.known) if self.known else "it has none",
-                    )
-                elif own > 1 and not self.known[name].per_model:
-                    raise FormatError(f"{line}{name} belongs to the merge as a whole, not to one of its models")
-
-    def _all_settings(self) -> Iterator[tuple[Settings, int]]:
-        """Yield every level of settings, and for those of one model how many models are beside it."""
-        yield self.recipe.settings, 0
-        for module in self.modules:
-            yield module.settings, 0
-            for piece in module.slices:
-                yield piece.settings, 0
-                for part in piece.parts:
-                    yield part.settings, len(piece.parts)
-
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
     def _input(self, part: Part) -> Input:
         return self.inputs.get(part.model)
 
@@ -180,7 +141,7 @@ class _Merge:
             for piece in module.slices:
                 self._check_arity(piece)
         outputs = self.outline.outputs()
-        self._check_filters(outputs)
+        self.choices.check_filters({name for output in outputs for name in (output.name, *output.inputs.values())})
         tensors = {output.name: self._tensor(output) for output in outputs}
         donor = self._donor()
         config = self._config(donor, tensors)
@@ -194,7 +155,7 @@ class _Merge:
             shards=donor.shards if self._keeps_names(donor, tensors) else None,
             config=config,
             side_files=side_files,
-            notes=[*dict.fromkeys(note for member in self.members for note in member.model.notes), *self.notes],
+            notes=[*dict.fromkeys(note for member in self.members for note in member.model.notes), *self.choices.notes],
             origin=Origin(
                 self._record,
                 files=files,
@@ -207,13 +168,14 @@ class _Merge:
 
     def _check_arity(self, piece: Slice) -> None:
         base, models = self._roles(piece)
+        wanted = piece.base or self.recipe.base
+        if self.algorithm.base == "required" and wanted is not None and base is None:
+            raise FormatError(f"line {piece.line}: the base_model {wanted} is not among the sources of this slice")
         try:
             self.algorithm.check_arity(len(models), base is not None)
         except SurgeryError as error:
             error.what = f"line {piece.line}: {error.what}"
             raise
-        if self.algorithm.base == "required" and base is None:
-            raise FormatError(f"line {piece.line}: the base_model is not among the sources of this slice")
 
     def _roles(self, piece: Slice) -> tuple[int | None, list[int]]:
         """Tell the base from the models, by their numbers in the slice.
@@ -227,15 +189,6 @@ class _Merge:
             return None, numbers
         others = [number for number in numbers if number != base]
         return (None, [base, *others]) if self.algorithm.base == "none" else (base, others)
-
-    def _check_filters(self, outputs: Sequence[Output]) -> None:
-        """Note filters that select nothing: mergekit's recipes hold such, so they are no error."""
-        names = {name for output in outputs for name in (output.name, *output.inputs.values())}
-        for settings, _ in self._all_settings():
-            for setting in settings.values():
-                for condition in setting.conditions:
-                    if not any(map(condition.fits, names)):
-                        self._note(f"line {condition.line}: the filter {condition.filter!r} is in no tensor's name")
 
     # --- one tensor
 
@@ -251,7 +204,7 @@ class _Merge:
         out_dtype = dtype or native.native[first.name]
         levels = [piece.settings, output.module.settings, self.recipe.settings]
         alone = piece.parts[models[0]].settings if len(piece.parts) == 1 else {}
-        whole = self._values([alone, *levels], output.name, output.t, per_model=False)
+        whole = self.choices.choose([alone, *levels], output.name, output.t, per_model=False)
         order = models if base is None else [base, *models]
         sources = self._sources(output, {number: members[number] for number in order})
         if len(order) == 1 and self._is_copy(whole, members[order[0]], sources[order[0]], out_dtype):
@@ -259,7 +212,9 @@ class _Merge:
             self.rules[output.name] = Rule(f"copy of {members[order[0]].model.label}")
             return renamed(sources[order[0]], output.name)
         each = [
-            self._values([piece.parts[number].settings, *levels], output.inputs[number], output.t, per_model=True)
+            self.choices.choose(
+                [piece.parts[number].settings, *levels], output.inputs[number], output.t, per_model=True
+            )
             for number in models
         ]
         for number, member in members.items():
@@ -294,24 +249,6 @@ class _Merge:
         keeps = source.spec.dtype == dtype or source.spec.dtype not in ARITHMETIC
         untouched = source.spec.dtype == member.native[source.spec.name]  # no adapter changed it
         return self.algorithm.name == "passthrough" and plain and keeps and untouched
-
-    def _values(self, levels: Sequence[Settings], tensor: str, t: float, *, per_model: bool) -> dict[str, float | bool]:
-        """Choose the values that a recipe gives for one tensor, by the algorithm's own names."""
-        found: dict[str, Any] = {}
-        for name, parameter in self.known.items():
-            if parameter.per_model == per_model:
-                value = first_value(levels, name, tensor, t)
-                if value is not None:
-                    found[parameter.name] = self._checked(parameter, value, name, levels)
-        return found
-
-    @staticmethod
-    def _checked(parameter: Parameter, value: Any, name: str, levels: Sequence[Settings]) -> float | bool:
-        try:
-            return parameter.check(value)
-        except SurgeryError as error:
-            line = next(level[name].line for level in levels if name in level)
-            raise FormatError(f"line {line}: {name}: {error.what}") from None
 
     def _sources(self, output: Output, members: Mapping[int, Input]) -> dict[int, LazyTensor]:
         """Return the members' tensors, in the output's vocabulary where they have a row a token."""
