@@ -46,6 +46,11 @@ class BlockDigests:
         """Blocks that make up the tensor."""
         return -(-self.spec.nbytes // BLOCK_BYTES)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every block is recorded."""
+        return len(self._blocks) == self.count
+
     def stream(self, start: int) -> BlockStream:
         """Start feeding bytes at byte offset ``start``, a multiple of the block size."""
         return BlockStream(self, start)
@@ -56,7 +61,7 @@ class BlockDigests:
 
     def fingerprint(self) -> str | None:
         """Return the fingerprint, or ``None`` while blocks are missing."""
-        if len(self._blocks) != self.count:
+        if not self.complete:
             return None
         head = f"{self.spec.dtype}{list(self.spec.shape)}".encode()
         total = xxhash.xxh3_128(head)
@@ -139,6 +144,8 @@ class Traced:
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the range and feed its digest."""
         self.source.read_into(start, stop, out)
+        if self.digests.complete:
+            return  # an earlier pass went over all of it
         low, _ = byte_range(self.spec, start, stop)
         run: BlockStream | None = getattr(self._runs, "run", None)
         if run is None or run.position != low:

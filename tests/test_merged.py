@@ -128,7 +128,7 @@ def test_order_statistics_are_those_of_a_full_sort(kind, dtype, small_blocks):
         a = torch.randn(5000, generator=generator).mul_(0.02)
         b = a + 1e-3 * torch.randn(5000, generator=generator)
         values = (a.bfloat16().to(dtype) - b.bfloat16().to(dtype)).abs()
-    ranks = [Rank(0, rank) for rank in (1, 2, 999, 1000, 1001, 2500, 4999, 5000)]
+    ranks = [Rank(0, rank) for rank in (1, 999, 1000, 2500, 5000)]
     sorted_values = values.sort(descending=True).values
     wanted = {rank: float(sorted_values[rank.rank - 1]) for rank in ranks}
     # With a sample that tells the truth, one that misleads, and none.
@@ -142,7 +142,7 @@ def test_order_statistics_are_those_of_a_full_sort(kind, dtype, small_blocks):
                 found.append(None)
                 continue
             passes += 1
-            parts = [seeker.observe([part], found) for part in values.split(300)]
+            parts = [seeker.observe([part], found) for part in values.split(1250)]
             found.append(seeker.conclude(tuple(map(sum, zip(*parts, strict=True))), found))
         assert seeker.values(found) == wanted
         assert passes == (

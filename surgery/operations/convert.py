@@ -69,13 +69,13 @@ def convert(
         label=checkpoint.label,
         stored=checkpoint.stored,
         shards={new: checkpoint.shards[old] for old, new in names.items() if old in checkpoint.shards},
-        config=_config(checkpoint.config, dtype),
+        config=config_in(checkpoint.config, dtype),
         side_files=checkpoint.side_files,
         notes=checkpoint.notes,
         origin=Origin(
             _recorder(checkpoint.label, {"dtype": dtype, "rename": list(rename), "drop": list(drop)}),
             counts={"cast": changed, "copied": len(tensors) - changed, "dropped": len(dropped)},
-            files=_config_file(checkpoint.config, dtype),
+            files=config_file(checkpoint.config, dtype),
         ),
     )
 
@@ -101,15 +101,16 @@ def _refuse_idle_rules(rules: Mapping[str, str], checkpoint: Checkpoint) -> None
 _CONFIG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def _config(config: Mapping[str, Any] | None, dtype: str | None) -> Mapping[str, Any] | None:
+def config_in(config: Mapping[str, Any] | None, dtype: str | None) -> Mapping[str, Any] | None:
     """Say the new dtype in ``config.json`` where the old one was said."""
     if config is None or dtype is None:
         return config
     return {key: _CONFIG_NAMES[dtype] if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
 
 
-def _config_file(config: Mapping[str, Any] | None, dtype: str | None) -> dict[str, bytes]:
-    changed = _config(config, dtype)
+def config_file(config: Mapping[str, Any] | None, dtype: str | None) -> dict[str, bytes]:
+    """Return ``config.json`` as a side file, where saying the new dtype changes it."""
+    changed = config_in(config, dtype)
     if changed == config:
         return {}
     return {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")}

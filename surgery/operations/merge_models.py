@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgery import provenance
-from surgery.adapter import is_adapter, open_adapter
+from surgery.adapter import Adapter, is_adapter, open_adapter
 from surgery.algorithms.registry import ALGORITHMS, PAPER, Algorithm, find, resolve
 from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, refuse_quantised, work_of
 from surgery.errors import MismatchError, UsageError
 from surgery.merged import merged
 from surgery.names import Pattern, align, select
+from surgery.operations.convert import config_file, config_in
 from surgery.report import join_shown
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
@@ -68,10 +69,15 @@ def merge_models(
     if dtype is not None and dtype not in ARITHMETIC:
         raise UsageError(f"--dtype can be {', '.join(ARITHMETIC)}, not {dtype!r}")
     opened = None if base is None else open_checkpoint(base)
-    inputs = [_open_input(model, opened) for model in models]
+    adapters = {number: open_adapter(model) for number, model in enumerate(models) if is_adapter(model)}
+    inputs = [
+        _with_adapter(opened, adapters[number]) if number in adapters else open_checkpoint(model)
+        for number, model in enumerate(models)
+    ]
     reference = inputs[0] if opened is None else opened
     members = inputs if opened is None else [opened, *inputs]
     work = _Work(row, members, opened is not None, missing)
+    prints = {number + 1: adapter.fingerprint() for number, adapter in adapters.items()}
     values = _Values(row, len(models), parameters or {}, sorted(work.names))
     tensors = {
         name: work.output(name, values.of(name), dtype=dtype, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
@@ -84,23 +90,21 @@ def merge_models(
         label=f"{row.name}({', '.join(member.label for member in members)})",
         stored=[stored for member in members for stored in member.stored],
         shards=reference.shards,
-        config=reference.config,
+        config=config_in(reference.config, dtype),
         side_files=reference.side_files,
         notes=[*dict.fromkeys(note for member in members for note in member.notes), *work.notes],
         origin=Origin(
-            work.recorder(said | ({"dtype": dtype} if dtype else {})),
+            work.recorder(said | ({"dtype": dtype} if dtype else {}), prints),
             counts=work.counts(),
+            files=config_file(reference.config, dtype),
             work=work_of(members, said, dtype, missing, allow_nonfinite) if known else None,
             reads=sum(member.nbytes for member in members),
         ),
     )
 
 
-def _open_input(source: Any, base: Checkpoint | None) -> Checkpoint:
-    """Open a model; an adapter becomes the base with the adapter in it."""
-    if not is_adapter(source):
-        return open_checkpoint(source)
-    adapter = open_adapter(source)
+def _with_adapter(base: Checkpoint | None, adapter: Adapter) -> Checkpoint:
+    """Return what an adapter stands for: the base with the adapter in it."""
     if base is None:
         raise UsageError(
             f"{adapter.label} is an adapter, which is a model only together with its base",
@@ -187,7 +191,7 @@ class _Work:
         self.members = members
         self.notes: list[str] = []
         self._has_base = has_base
-        self._tensors: list[dict[str, LazyTensor]] = []
+        self._tensors: list[dict[str, provenance.Traced]] = []
         for member in members:
             self._tensors.append(self._spelled(member))
         self.names = list(dict.fromkeys(name for tensors in self._tensors for name in tensors))
@@ -195,9 +199,9 @@ class _Work:
         if missing == "refuse":
             self._refuse_missing()
         for member in members:
-            refuse_quantised(member, self._everywhere)
+            refuse_quantised(member, sorted(self._everywhere))
 
-    def _spelled(self, member: Checkpoint) -> dict[str, LazyTensor]:
+    def _spelled(self, member: Checkpoint) -> dict[str, provenance.Traced]:
         """Give a member's tensors the first member's names, traced."""
         alignment = align(list(self.members[0].tensors), list(member.tensors))
         self.notes += [f"{member.label}: {note}" for note in alignment.notes]
@@ -230,22 +234,22 @@ class _Work:
         numbers = sum(self._tensors[0][name].spec.dtype in ARITHMETIC for name in self._everywhere)
         return {"merged": numbers, "copied": len(self.names) - numbers}
 
-    def recorder(self, parameters: Mapping[str, Any]) -> Callable[[Mapping[str, str]], dict[str, Any]]:
-        """Compose the provenance record, with a fingerprint of every input."""
+    def recorder(
+        self, parameters: Mapping[str, Any], adapters: Mapping[int, str]
+    ) -> Callable[[Mapping[str, str]], dict[str, Any]]:
+        """Compose the provenance record, with a fingerprint of every input; those of adapters are given."""
 
         def record(fingerprints: Mapping[str, str]) -> dict[str, Any]:
             draft = provenance.PLACEHOLDER in fingerprints.values()
             inputs = []
             for number, (member, own) in enumerate(zip(self.members, self._tensors, strict=True)):
-                prints = {} if draft else {name: _fingerprint(tensor) for name, tensor in own.items()}
-                whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
-                role = "base" if self._has_base and number == 0 else "model"
+                role = "base" if self._has_base and number == 0 else "adapter" if number in adapters else "model"
+                if draft or role == "adapter":
+                    whole = adapters.get(number, provenance.PLACEHOLDER)
+                else:
+                    whole = provenance.combine({name: tensor.fingerprint() for name, tensor in own.items()})
                 inputs.append({"role": role, "name": member.label, "fingerprint": whole})
             tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
             return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
 
         return record
-
-
-def _fingerprint(tensor: LazyTensor) -> str:
-    return tensor.fingerprint() if isinstance(tensor, provenance.Traced) else provenance.fingerprint(tensor)
