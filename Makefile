@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench oracle clean
+.PHONY: demo test check format oracle bench bench-extract clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -47,22 +47,23 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# mergekit is LGPL: it gets an environment of its own, and is run, never imported.
+$(VENV)/mergekit: constraints.txt
+	@$(PYTHON) -m venv $(VENV)-mergekit
+	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet mergekit==0.1.5
+	@touch $@
+
+oracle: $(VENV)/test $(VENV)/mergekit
+	$(VENV)-mergekit/bin/python -W ignore -m fixtures.mergekit_goldens $(VENV)-mergekit/goldens.safetensors
+	MERGEKIT_GOLDENS=$(VENV)-mergekit/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
+	$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit/bin/python
+
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
-# mergekit's own pins are left alone: it is installed without its dependencies, and what it imports beside it.
-ORACLE := .venv-mergekit
-$(ORACLE)/made: constraints.txt
-	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
-	@echo "installing mergekit 0.1.5 into $(ORACLE) ..."
-	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(ORACLE)/bin/python -m pip install --quiet --no-deps mergekit==0.1.5
-	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt numpy pydantic safetensors tqdm
-	@touch $@
-
-oracle: $(VENV)/test $(ORACLE)/made
-	$(ORACLE)/bin/python -W ignore -m fixtures.mergekit_goldens $(ORACLE)/goldens.safetensors
-	MERGEKIT_GOLDENS=$(ORACLE)/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
+bench-extract: $(VENV)/test $(VENV)/mergekit
+	@$(BIN)/python -m bench.extract --mergekit $(VENV)-mergekit/bin/python
 
 clean:
-	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from surgery.operations.extract_lora import extract_lora
     from surgery.operations.info import info
     from surgery.operations.merge import merge
+    from surgery.operations.recipe import merge_recipe
     from surgery.operations.spectrum import spectrum
     from surgery.operations.unmerge import unmerge
     from surgery.operations.verify import verify
@@ -43,6 +44,7 @@ __all__ = [
     "extract_lora",
     "info",
     "merge",
+    "merge_recipe",
     "open",
     "spectrum",
     "unmerge",
@@ -59,6 +61,7 @@ _HOMES = {
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),
     "info": ("surgery.operations.info", "info"),
     "merge": ("surgery.operations.merge", "merge"),
+    "merge_recipe": ("surgery.operations.recipe", "merge_recipe"),
     "open": ("surgery.checkpoint", "open_checkpoint"),
     "spectrum": ("surgery.operations.spectrum", "spectrum"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),

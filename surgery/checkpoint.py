@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.plan import Plan, lay_out
+from surgery.report import Table
 from surgery.roles import role_of
 from surgery.sources import local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
@@ -42,8 +43,12 @@ class Origin:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that differ from the input's."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    work: str | None = None
+    """Everything beside the input files that decides the tensors' values: lets a run that was broken off continue."""
     bytes_read: int | None = None
     """What making it will read; its own size by default."""
+    tables: Sequence[Table] = ()
+    """What happens to which tensors, for people."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -189,6 +194,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         max_shard_size: int | None = None,
         jobs: int | None = None,
         max_memory: int | None = None,
+        restart: bool = False,
+        finish: bool = False,
         progress: execute.Progress | None = None,
     ) -> dict[str, Any]:
         """Write the checkpoint, and publish it whole or not at all.
@@ -199,6 +206,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size: bytes; the input's own split by default.
             jobs: threads; as many as there are cores by default. The bytes written do not depend on it.
             max_memory: refuse a plan that may need more bytes than this.
+            restart: begin anew where an earlier run of the same merge was broken off; it is continued otherwise.
+            finish: publish what :meth:`save_share` made, and refuse if any file is missing.
             progress: somebody who watches.
 
         Returns:
@@ -223,8 +232,53 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             files={} if single else origin.files,
             copies={} if single else self._copies(origin),
             kept={} if single else origin.kept,
+            work=self._work(),
+            restart=restart,
+            finish=finish,
             progress=progress,
         )
+
+    def save_share(
+        self,
+        out: str | os.PathLike[str],
+        share: tuple[int, int],
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | None = None,
+        jobs: int | None = None,
+        max_memory: int | None = None,
+        progress: execute.Progress | None = None,
+    ) -> list[str]:
+        """Write some of the output's files beside it; ``save(…, finish=True)`` publishes them once all are there.
+
+        Args:
+            out: the folder that will be published; its neighbourhood must be writable for every machine that shares.
+            share: ``(k, n)``: the ``k``-th of ``n`` parts, from 1 on.
+            overwrite: whether an existing output will be replaced.
+            max_shard_size: as in :meth:`save`, the same for all shares.
+            jobs: threads.
+            max_memory: refuse a plan that may need more bytes than this.
+            progress: somebody who watches.
+
+        Returns:
+            The names of this share's files.
+        """
+        work = self._work()
+        if work is None:
+            raise UsageError("only merges of files can be shared")
+        plan = self.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+        return execute.run_share(
+            plan, self.tensors, out, share, work=work, overwrite=overwrite, sources=self.stored, progress=progress
+        )
+
+    def digest(self, *, max_shard_size: int | None = None) -> str:
+        """Return what an output in the making is known by: the same for the same work, inputs and layout."""
+        return self.plan(max_shard_size=max_shard_size).digest(self._work() or "")
+
+    def _work(self) -> str | None:
+        if self.origin is None or self.origin.work is None:
+            return None
+        return "\n".join([self.origin.work, *(stored.state() for stored in self.stored)])
 
     def _copy_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
@@ -253,6 +307,21 @@ def _whole_file(out: str | os.PathLike[str] | None, max_shard_size: int | None) 
     if single and max_shard_size is not None:
         raise UsageError("one file has no shards", file=out, mend="drop --max-shard-size, or name a folder")
     return single
+
+
+def work_of(members: Iterable[Checkpoint], *own: object) -> str | None:
+    """Say what a merge of checkpoints does, for :attr:`Origin.work`; ``None`` where one of them is not made of files alone.
+
+    Args:
+        members: the inputs.
+        own: everything else that decides the values; its ``repr`` must say all of it.
+    """
+    inherited = []
+    for member in members:
+        if not member.stored or (member.origin is not None and member.origin.work is None):
+            return None
+        inherited.append(member.origin.work if member.origin else "")
+    return repr((own, inherited))
 
 
 def default_jobs() -> int:

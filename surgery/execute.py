@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import SurgeryError
+from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
-from surgery.writer import OutputFile, Publication, is_one_file
+from surgery.writer import OutputFile, Publication, Share, is_one_file
 
 KEPT = "originals"
 KEPT_FILE = ".surgery/originals"
@@ -69,67 +71,92 @@ def run(
     progress: Progress | None = None,
     *,
     names: Mapping[str, str] | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[str, str]:
-    """Write every tensor of a plan into a publication's staging folder.
+    """Write every tensor of a plan into a publication's staging folder, but those whose files are finished already.
 
     Args:
         plan: what goes where.
         tensors: the values.
         publication: the output in the making.
         progress: somebody who watches.
-        names: other names for the plan's files.
+        names: other names for the plan's files, which are then small, and not entered in the journal.
+        only: the numbers of the files to make; all by default.
 
     Returns:
-        The fingerprint of every tensor, by name.
+        The fingerprint of every tensor in the files that are finished now, by name.
 
     Raises:
         SurgeryError: whatever a tensor raises, with file and tensor named. The first error stops all workers.
     """
     watcher = progress or Silent()
-    digests = {name: BlockDigests(tensor.spec) for name, tensor in tensors.items()}
+    found: dict[str, str] = {}
     with ExitStack() as stack:
-        outputs = []
-        for file in plan.files:
-            name = publication.out.name if publication.single else (names or {}).get(file.name, file.name)
-            output = stack.enter_context(publication.create(name, file.size))
-            output.write_at(0, memoryview(file.prefix))
-            outputs.append(output)
-        watcher.start(sum(job.nbytes for job in plan.jobs))
+        files: dict[int, _File] = {}
+        for number, layout in enumerate(plan.files):
+            name = publication.out.name if publication.single else (names or {}).get(layout.name, layout.name)
+            if name in publication.finished:
+                found |= publication.finished[name]
+            elif only is None or number in only:
+                output = stack.enter_context(publication.create(name, layout.size))
+                output.write_at(0, memoryview(layout.prefix))
+                files[number] = _File(
+                    name, layout, output, {each: BlockDigests(plan.specs[each]) for each in layout.offsets}
+                )
+        jobs = [job for job in plan.jobs if job.file in files]
+        watcher.start(sum(job.nbytes for job in jobs))
         try:
-            _run_jobs(plan, tensors, outputs, digests, watcher)
+            _run_jobs(
+                plan.workers, jobs, tensors, files, _Shards(jobs, files, publication, watcher, enter=not names), watcher
+            )
         finally:
             watcher.finish()
-    found: dict[str, str] = {}
-    for name, digest in digests.items():
-        fingerprint = digest.fingerprint()
-        if fingerprint is None:
-            raise AssertionError(f"the plan left blocks of {name} unwritten")
-        found[name] = fingerprint
+    for file in files.values():
+        found |= file.fingerprints()
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file while it is written."""
+
+    name: str
+    layout: FileLayout
+    output: OutputFile
+    digests: Mapping[str, BlockDigests]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints of its tensors, all of whose blocks are written."""
+        found: dict[str, str] = {}
+        for name, digest in self.digests.items():
+            fingerprint = digest.fingerprint()
+            if fingerprint is None:
+                raise AssertionError(f"the plan left blocks of {name} unwritten")
+            found[name] = fingerprint
+        return found
+
+
 def _run_jobs(
-    plan: Plan,
+    workers: int,
+    jobs: Sequence[Job],
     tensors: Mapping[str, LazyTensor],
-    outputs: list[OutputFile],
-    digests: Mapping[str, BlockDigests],
+    files: Mapping[int, _File],
+    shards: _Shards,
     progress: Progress,
 ) -> None:
     stop = threading.Event()
-    shards = _Shards(plan, progress)
 
     def work(job: Job) -> None:
         for piece in job.pieces:
             if stop.is_set():
                 return
-            _write_piece(piece, tensors[piece.tensor], outputs[job.file], plan.files[job.file], digests[piece.tensor])
-            spec = tensors[piece.tensor].spec
-            low, high = byte_range(spec, piece.start, piece.stop)
+            _write_piece(piece, tensors[piece.tensor], files[job.file])
+            low, high = byte_range(tensors[piece.tensor].spec, piece.start, piece.stop)
             progress.advance(high - low)
         shards.job_done(job)
 
-    with ThreadPoolExecutor(plan.workers, thread_name_prefix="surgery") as pool, _torch_on_one_thread():
-        futures: list[Future[None]] = [pool.submit(work, job) for job in plan.jobs]
+    with ThreadPoolExecutor(workers, thread_name_prefix="surgery") as pool, _torch_on_one_thread():
+        futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -144,29 +171,43 @@ def _run_jobs(
 class _Shards:
     """Counts the jobs that each file still waits for."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        files: Mapping[int, _File],
+        publication: Publication,
+        progress: Progress,
+        *,
+        enter: bool,
+    ) -> None:
+        self._enter = enter
+        self._files = files
+        self._publication = publication
         self._progress = progress
-        self._left = [sum(job.file == number for job in plan.jobs) for number in range(len(plan.files))]
+        self._left = Counter(job.file for job in jobs)
         self._done = 0
         self._lock = threading.Lock()
 
     def job_done(self, job: Job) -> None:
-        """Tell the watcher when a file's last job is done."""
+        """Enter a file into the journal when its last job is done, and tell the watcher."""
         with self._lock:
             self._left[job.file] -= 1
             if self._left[job.file]:
                 return
+        file = self._files[job.file]
+        if self._enter:
+            self._publication.finish(file.name, file.output, file.fingerprints())
+        with self._lock:
             self._done += 1
             done = self._done
-        self._progress.shard(self._plan.files[job.file].name, done, len(self._plan.files))
+        self._progress.shard(file.layout.name, done, len(self._files))
 
 
-def _write_piece(piece: Piece, tensor: LazyTensor, output: OutputFile, file: FileLayout, digests: BlockDigests) -> None:
+def _write_piece(piece: Piece, tensor: LazyTensor, file: _File) -> None:
     spec = tensor.spec
     low, high = byte_range(spec, piece.start, piece.stop)
-    position, step = file.offsets[spec.name] + low, block_of(tensor)
-    stream = digests.stream(low)
+    position, step = file.layout.offsets[spec.name] + low, block_of(tensor)
+    stream = file.digests[spec.name].stream(low)
     buffer = _buffer(_bytes_of(spec, min(step, piece.stop - piece.start)))
     try:
         for start in range(piece.start, piece.stop, step):
@@ -174,11 +215,11 @@ def _write_piece(piece: Piece, tensor: LazyTensor, output: OutputFile, file: Fil
             data = buffer[: _bytes_of(spec, stop - start)]
             tensor.read_into(start, stop, data)
             stream.update(data)
-            output.write_at(position, data)
+            file.output.write_at(position, data)
             position += len(data)
     except SurgeryError as error:
         raise error.at(tensor=spec.name) from None
-    if position != file.offsets[spec.name] + high:
+    if position != file.layout.offsets[spec.name] + high:
         raise AssertionError(f"{spec.name} was not written to its end")
 
 
@@ -220,6 +261,9 @@ def publish(
     copies: Mapping[str, Path] | None = None,
     kept: Mapping[str, LazyTensor] | None = None,
     check: Callable[[Path, Mapping[str, str]], None] | None = None,
+    work: str | None = None,
+    restart: bool = False,
+    finish: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Plan, write and publish an output: weights, side files, then index and record last, then one rename.
@@ -239,10 +283,17 @@ def publish(
         copies: side files to copy.
         kept: tensors that a later unmerge needs, for ``.surgery/originals``.
         check: told where the finished output lies and its tensors' fingerprints, just before it is published.
+        work: what decides the tensors' values, and the identity of the inputs: a run that was broken off with the same
+            work and layout is continued. ``None``: every run begins anew.
+        restart: begin anew in any case.
+        finish: refuse unless all files are finished already.
         progress: somebody who watches.
 
     Returns:
         The record.
+
+    Raises:
+        OutputError: it exists, does not fit, or with ``finish`` is not finished.
     """
     single = is_one_file(out)
     # A single file carries its record in its header, whose length must be known first: fingerprints have one length.
@@ -253,10 +304,16 @@ def publish(
         workers=workers, max_memory=max_memory,
     )  # fmt: skip
     extra = lay_out(kept, stem=KEPT, workers=workers) if kept else None
-    with Publication(out, overwrite=overwrite, inputs=[source.path for source in sources]) as publication:
+    digest = None if work is None else plan.digest(work)
+    with Publication(
+        out, overwrite=overwrite, inputs=[source.path for source in sources], digest=digest, restart=restart
+    ) as publication:
+        if finish:
+            _refuse_unfinished(plan, publication)
         sizes = sum(len(data) for data in (files or {}).values()) + (extra.bytes_written if extra else 0)
+        ready = sum(file.size for file in plan.files if file.name in publication.finished)
         publication.check_space(
-            plan.bytes_written + sizes + sum(path.stat().st_size for path in (copies or {}).values())
+            plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )
         fingerprints = run(plan, tensors, publication, progress)
         if extra and kept:
@@ -279,6 +336,58 @@ def publish(
             check(publication.staging, fingerprints)
         publication.commit()
     return document
+
+
+def _refuse_unfinished(plan: Plan, publication: Publication) -> None:
+    missing = [file.name for file in plan.files if file.name not in publication.finished]
+    if missing:
+        if publication.finished:
+            publication.keep()
+        raise OutputError(
+            f"{len(missing)} of its {len(plan.files)} files are not finished, {missing[0]} among them",
+            file=publication.out.name, mend="run the jobs that make them",
+        )  # fmt: skip
+
+
+def run_share(
+    plan: Plan,
+    tensors: Mapping[str, LazyTensor],
+    out: str | os.PathLike[str],
+    share: tuple[int, int],
+    *,
+    work: str,
+    overwrite: bool = False,
+    sources: Sequence[Sources] = (),
+    progress: Progress | None = None,
+) -> list[str]:
+    """Make some of an output's files, beside other processes or machines that make the rest.
+
+    Args:
+        plan: of the whole output.
+        tensors: the output's tensors.
+        out: the folder that will be published.
+        share: ``(k, n)``: the ``k``-th of ``n`` parts, from 1 on.
+        work: see :func:`publish`, which publishes the output in the end.
+        overwrite: whether an existing output will be replaced.
+        sources: files being read.
+        progress: somebody who watches.
+
+    Returns:
+        The names of the files of this share, all of them finished now.
+
+    Raises:
+        OutputError: somebody else writes one of them, or the finished files are those of another plan.
+    """
+    own = range(share[0] - 1, len(plan.files), share[1])
+    inputs = [source.path for source in sources]
+    with Share(out, overwrite=overwrite, inputs=inputs, digest=plan.digest(work)) as staging:
+        todo = [number for number in own if plan.files[number].name not in staging.finished]
+        staging.check_space(sum(plan.files[number].size for number in todo))
+        if todo:
+            run(plan, tensors, staging, progress, only=todo)
+        for source in sources:
+            source.check_unchanged()
+    return [plan.files[number].name for number in own]
 
 
 class Sources(Protocol):

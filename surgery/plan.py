@@ -15,6 +15,7 @@ from pathlib import Path
 
 from surgery.errors import IOFailure, UsageError
 from surgery.formats import safetensors
+from surgery.journal import digest_of
 from surgery.provenance import block_elements
 from surgery.tensor import BITS, LazyTensor, TensorSpec, human_bytes
 
@@ -74,6 +75,10 @@ class Plan:
     bytes_written: int
     counts: dict[str, int] = field(default_factory=dict)
     """Tensors by what happens to them (copied, merged …), for people."""
+
+    def digest(self, work: str) -> str:
+        """Return the digest of a run: the same for the same version, work and layout."""
+        return digest_of(work, {file.name: file.prefix for file in self.files})
 
 
 def lay_out(

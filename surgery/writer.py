@@ -4,6 +4,10 @@ Work happens in a sibling folder ``.NAME.surgery-tmp`` under a lock, is synced, 
 rename; an output that is being replaced trades places with it in one exchange. Whatever kills the process, the old
 output stays whole, and the next run on the same output clears the remains away.
 
+A run with a *digest* keeps a journal (:mod:`surgery.journal`) of the files it finished. If it is killed or interrupted,
+its staging folder stays, and a run of the same digest on the same output continues from there; any other run clears it
+away. A :class:`Share` makes some files of such an output, beside others that make the rest.
+
 Where the system has no exchange, a replaced folder steps aside under ``.NAME.surgery-old`` first; a run that finds it
 without the output puts it back.
 """
@@ -16,12 +20,13 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from surgery.errors import IOFailure, OutputError, SurgeryError, UsageError
+from surgery.journal import Journal
 from surgery.tensor import human_bytes
 
 _AT_FDCWD = -100
@@ -43,13 +48,23 @@ def is_one_file(out: str | os.PathLike[str]) -> bool:
 class Publication:
     """One output in the making. Use as a context manager; nothing is published without :meth:`commit`."""
 
-    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        digest: str | None = None,
+        restart: bool = False,
+    ) -> None:
         """Check that ``out`` may be written.
 
         Args:
             out: a folder, or a file where it ends in ``.safetensors``.
             overwrite: replace what is there.
             inputs: resolved files and folders that must not be touched.
+            digest: of the run; one that was broken off with the same digest is continued.
+            restart: begin anew in any case.
 
         Raises:
             UsageError: an empty path.
@@ -68,6 +83,11 @@ class Publication:
         self._old = self.out.with_name(f".{self.out.name}.surgery-old")
         self._lock = Lock(self.out.with_name(f".{self.out.name}.surgery-lock"), text)
         self._overwrite = overwrite
+        self._restart = restart
+        self._journal = None if digest is None else Journal(self.staging, digest)
+        self._keep = False
+        self.finished: dict[str, dict[str, str]] = {}
+        """Files that an earlier run finished, each with its tensors' fingerprints."""
         self._made_parents: list[Path] = []
         self._published = False
         self._shown = text
@@ -101,9 +121,9 @@ class Publication:
         try:
             self._make_parents()
             self._lock.acquire()
-            self._recover()
+            self._recover(resume=not self._restart)
             self._refuse_existing()
-            os.mkdir(self.staging, 0o777)
+            self._begin()
         except OSError as error:
             self._abandon()
             raise self._failure(error) from None
@@ -115,6 +135,8 @@ class Publication:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt | SystemExit) and not self._published and self._has_finished():
+            self.keep()
         if isinstance(error, KeyboardInterrupt):
             self._tell(error)
         try:
@@ -128,6 +150,15 @@ class Publication:
     def _tell(self, interrupt: KeyboardInterrupt) -> None:
         if self._published:
             interrupt.add_note(f"{self._shown} was published whole")
+        elif self._keep:
+            interrupt.add_note("finished files are kept; the same command continues, --restart begins anew")
+
+    def keep(self) -> None:
+        """Leave the finished files for a later run, although this one ends in an error."""
+        self._keep = True
+
+    def _has_finished(self) -> bool:
+        return self._journal is not None and self._journal.belongs() and bool(self._journal.finished())
 
     def _failure(self, error: OSError) -> SurgeryError:
         """Turn a system's error into ours, and say truly whether the output is there."""
@@ -153,20 +184,31 @@ class Publication:
             except OSError:
                 return  # not empty: somebody uses it
 
-    def _recover(self) -> None:
+    def _begin(self) -> None:
+        """Make the staging folder, or take over the one that a run of the same digest left."""
+        if not os.path.lexists(self.staging):
+            os.mkdir(self.staging, 0o777)
+        if self._journal is not None:
+            self._journal.begin()
+            self.finished = self._journal.finished()
+
+    def _recover(self, *, resume: bool) -> None:
         """Clear what a dead run on this output left; the lock says that no live one is at work."""
         if os.path.lexists(self._old):
             if os.path.lexists(self.out):
                 _remove(self._old)
             else:
                 os.rename(self._old, self.out)
-        _remove(self.staging)
+        if resume and self._journal is not None and self._journal.belongs():
+            self._journal.drop_unfinished()
+        else:
+            _remove(self.staging)
 
     def _abandon(self) -> None:
         """Clear away everything but what was published. What is another run's is left alone: its lock says so."""
         try:
             if self._lock.held:
-                self._recover()
+                self._recover(resume=self._keep)
         finally:
             self._lock.release()
             if not self._published:
@@ -198,6 +240,16 @@ class Publication:
             raise self._failure(error) from None
         return OutputFile(path, size, self._shown)
 
+    def finish(self, name: str, file: OutputFile, fingerprints: Mapping[str, str]) -> None:
+        """Enter a file into the journal, if there is one, once all of it is written."""
+        if self._journal is None:
+            return
+        try:
+            file.sync()
+            self._journal.finish(name, file.size, fingerprints)
+        except OSError as error:
+            raise self._failure(error) from None
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
         with self.create(name, len(data)) as file:
@@ -227,6 +279,8 @@ class Publication:
             OutputError: somebody created the output meanwhile.
         """
         try:
+            if self._journal is not None:
+                self._journal.erase()
             _sync_tree(self.staging)
             self._publish(self.staging / self.out.name if self.single else self.staging)
             self._published = True
@@ -256,11 +310,77 @@ class Publication:
                 raise
 
 
+class Share(Publication):
+    """Some files of an output whose other files are made elsewhere. Nothing is published: a last run does that.
+
+    Its folder and its finished files stay, whatever ends it.
+    """
+
+    def __enter__(self) -> Self:
+        try:
+            self._make_parents()
+            self._lock.acquire(shared=True)
+            self._refuse_existing()
+            self.staging.mkdir(exist_ok=True)
+            assert self._journal is not None  # a share without a digest would have nothing to belong to
+            self._journal.begin()
+            self.finished = self._journal.finished()
+        except OSError as error:
+            self._lock.release()
+            raise self._failure(error) from None
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note("finished files are kept; the same command continues")
+        self._lock.release()
+
+    def create(self, name: str, size: int) -> OutputFile:
+        """Create a file that nobody else is making."""
+        assert self._journal is not None
+        try:
+            let_go = self._journal.claim(name)
+        except OSError as error:
+            raise self._failure(error) from None
+        try:
+            file = OutputFile(self.staging / name, size, self._shown)
+        except BaseException:
+            let_go()
+            raise
+        file.on_close = let_go
+        return file
+
+
+def write_file(path: str, data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file of its own, whole or not at all.
+
+    Raises:
+        OutputError: it exists.
+    """
+    out = Path(path)
+    draft = out.with_name(f".{out.name}.surgery-tmp")
+    if os.path.lexists(out) and not overwrite:
+        raise OutputError("exists already", file=path, mend="choose another, or pass --overwrite")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, out)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise _write_error(error, path) from None
+
+
 class OutputFile:
     """A file being written at any place, from any thread."""
 
     def __init__(self, path: Path, size: int, shown: str) -> None:
         self._shown = shown
+        self.size = size
+        self.on_close: Callable[[], None] = _nothing
         try:
             # The umask decides the mode, as for any other file the user makes.
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -283,11 +403,16 @@ class OutputFile:
         except OSError as error:
             raise _write_error(error, self._shown) from None
 
+    def sync(self) -> None:
+        """Make what was written durable now, not only at commit."""
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Close; what was written is synced at commit."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self.on_close()
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +421,10 @@ class OutputFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class Lock:
@@ -307,8 +436,11 @@ class Lock:
         self._descriptor = -1
         self.held = False
 
-    def acquire(self) -> None:
+    def acquire(self, *, shared: bool = False) -> None:
         """Take the lock, or refuse at once.
+
+        Args:
+            shared: beside others who share it.
 
         Raises:
             OutputError: another run holds it.
@@ -316,7 +448,7 @@ class Lock:
         while True:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError:
                 holder = os.read(self._descriptor, 64).decode("ascii", "replace").strip()
                 self._close()
@@ -331,14 +463,22 @@ class Lock:
             self._close()
         self.held = True
         os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, str(os.getpid()).encode())
+        if not shared:
+            os.write(self._descriptor, str(os.getpid()).encode())
 
     def release(self) -> None:
-        """Remove the file and drop the lock."""
-        if self.held:
+        """Remove the file, unless somebody else holds it too, and drop the lock."""
+        if self.held and self._alone():
             self._path.unlink(missing_ok=True)
-            self.held = False
+        self.held = False
         self._close()
+
+    def _alone(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def _close(self) -> None:
         if self._descriptor >= 0:

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms",),
     ("merged",),
     ("sources",),
-    ("provenance", "plan", "writer", "execute"),
+    ("provenance", "journal", "plan", "writer", "execute"),
     ("checkpoint", "history", "adapter"),
     ("operations",),
     ("cli",),

@@ -245,9 +245,14 @@ class Tap:
             self._dirty |= {str(args[0]), os.path.dirname(args[0])}
         elif kind == "fsync":
             self._dirty.discard(self._paths.get(args[0]))
-        elif kind in self.RENAMES and str(args[0]).startswith(str(self._staging)):
+        elif kind in self.RENAMES and self._leaves_staging(*map(str, args[:2])):
             self.unsynced += sorted(path for path in self._dirty if path and path.startswith(str(self._staging)))
             self._dirty.add(os.path.dirname(args[1]))
+
+    def _leaves_staging(self, source, target):
+        """Tell the rename that publishes from those inside the staging folder, by which the journal enters files."""
+        inside = f"{self._staging}/"
+        return source.startswith(str(self._staging)) and not target.startswith(inside)
 
     def finish(self):
         """Add the folders whose new names were not synced by the end."""

@@ -23,11 +23,16 @@ COMMANDS = {
     "spectrum": "Show the singular values of a fine-tune's changes.",
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
+    "plan": "Show what a recipe would do.",
+    "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
     "verify": "Check a checkpoint or adapter against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
+
+RECIPES = (".yml", ".yaml")
+"""What a recipe's name ends in: ``merge`` takes one in place of models."""
 
 INTERNAL_ERROR, INTERRUPTED, TERMINATED = 70, 130, 143
 
@@ -57,6 +62,8 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0].replace("_", "-"), COMMANDS, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        if args[:1] == ["merge"] and any(word.endswith(RECIPES) for word in args[1:] if not word.startswith("-")):
+            return "merge", importlib.import_module("surgery.cli.merge_recipe").command, args[1:]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

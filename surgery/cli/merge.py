@@ -45,6 +45,7 @@ from surgery.sources import local
 @click.option("--allow-incomplete", is_flag=True, help="Merge an adapter that lacks modules its configuration names.")
 @options.allow_nonfinite
 @options.writing
+@options.restart
 @options.sharding
 @options.resources
 @options.progress
@@ -52,7 +53,7 @@ from surgery.sources import local
 def command(
     base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
     compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: str | None,
-    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, out: str, overwrite: bool, dry_run: bool,
+    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
     max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Merge OTHERS into BASE: adapters, or with --algorithm models.
@@ -70,6 +71,7 @@ def command(
       surgery merge base style --coeff -1 -o negated
       surgery merge base ft1 ft2 --algorithm ties -p density=0.5 -o merged
       surgery merge ft1 ft2 --algorithm linear -o average
+      surgery merge recipe.yml -o merged             see surgery merge recipe.yml --help
     """
     parameters = _parameters(algorithm, given)
     if coeff:
@@ -84,7 +86,7 @@ def command(
         with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, **parameters,
     )  # fmt: skip
     write(merged, out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
-          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress)  # fmt: skip
+          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip
 
 
 def _parameters(algorithm: str | None, given: tuple[str, ...]) -> dict[str, Any]:

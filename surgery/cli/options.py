@@ -82,6 +82,7 @@ output = click.option("-o", "--output", "out", type=click.Path(), required=True,
 
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one atomic exchange.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
+restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
 writing = _stack(output, overwrite, dry_run)
 
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",

@@ -105,7 +105,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
         click.echo(f"{name:<{width}}  {printable(value)}")
 
 
-def plan(found: Plan, *, as_json: bool, verb: str, notes_: Iterable[str] = ()) -> None:
+def plan(found: Plan, *, as_json: bool, verb: str, notes_: Iterable[str] = (), tables: Iterable[Table] = ()) -> None:
     """Print what a run would do."""
     if as_json:
         document(
@@ -113,10 +113,13 @@ def plan(found: Plan, *, as_json: bool, verb: str, notes_: Iterable[str] = ()) -
                 "schema": "surgery.plan/1", "operation": verb, "tensors": dict(found.counts),
                 "files": {file.name: file.size for file in found.files}, "bytes_read": found.bytes_read,
                 "bytes_written": found.bytes_written, "peak_memory": found.peak_memory, "jobs": found.workers,
-                "notes": list(notes_),
+                "notes": list(notes_), **_rows(tables),
             }
         )  # fmt: skip
         return
+    for content in tables:
+        table(content)
+        click.echo()
     facts(
         [
             ("would", ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items() if count) + " tensors"),
@@ -127,6 +130,14 @@ def plan(found: Plan, *, as_json: bool, verb: str, notes_: Iterable[str] = ()) -
         ]
     )  # fmt: skip
     notes(notes_)
+
+
+def _rows(tables: Iterable[Table]) -> dict[str, Any]:
+    """Turn tables into lists of objects, by title."""
+    return {
+        content.title.lower().replace(" ", "_"): [dict(zip(content.columns, row, strict=True)) for row in content.rows]
+        for content in tables
+    }
 
 
 def watcher(mode: str, *, quiet: bool, what: str) -> Progress:

@@ -25,6 +25,8 @@ def write(
     as_json: bool,
     quiet: bool,
     progress: str,
+    restart: bool = False,
+    finish: bool = False,
 ) -> None:
     """Save a lazy checkpoint and report, or print its plan."""
     plan = checkpoint.plan(out, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
@@ -34,7 +36,7 @@ def write(
     began = time.monotonic()
     record = checkpoint.save(
         out, overwrite=overwrite, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
-        progress=terminal.watcher(progress, quiet=quiet, what=verb),
+        restart=restart, finish=finish, progress=terminal.watcher(progress, quiet=quiet, what=verb),
     )  # fmt: skip
     seconds = time.monotonic() - began
     nbytes = sum(file.size for file in plan.files)

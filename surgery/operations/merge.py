@@ -14,7 +14,7 @@ import numpy as np
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, expected_base, is_adapter, open_adapter
 from surgery.algorithms.registry import PAPER, Algorithm, find
-from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
+from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic, work_of
 from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
@@ -125,6 +125,7 @@ def merge(
             history=work.future(),
             files=files,
             bytes_read=checkpoint.nbytes + sum(adapter.nbytes for adapter in opened),
+            work=work_of([checkpoint], coeffs, work.prints, sorted((name_map or {}).items()), allow_nonfinite),
         ),
     )
 
@@ -157,9 +158,10 @@ def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
         wide = "F64" if tensors[name].spec.dtype == "F64" else "F32"
         labels = [base.label] + [adapter.label] * len(updates)
         tensors[name] = Applied(tensors[name], updates, wide, labels=labels)
+    stored = adapter.stored and adapter.report is None  # not an adapter that was just made
     return Checkpoint(
         tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
-        notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}),
+        notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}, work=work_of([base]) if stored else None),
     )  # fmt: skip
 
 
@@ -222,7 +224,7 @@ class Work:
                 self._labels.setdefault(name, [base.label]).extend([adapter.label] * len(updates))
         self.traced = {name: provenance.Traced(base.tensors[name]) for name in self.updates}
         self._allow_base_mismatch = allow_base_mismatch
-        self._prints = [adapter.fingerprint() for adapter in adapters]
+        self.prints = [adapter.fingerprint() for adapter in adapters]
 
     @property
     def touched(self) -> set[str]:
@@ -273,7 +275,7 @@ class Work:
             MismatchError: it is.
         """
         inside = {entry["fingerprint"] for entry in self.history.adapters}
-        for adapter, fingerprint in zip(self.adapters, self._prints, strict=True):
+        for adapter, fingerprint in zip(self.adapters, self.prints, strict=True):
             if fingerprint in inside and not self._allow_base_mismatch:
                 raise MismatchError(
                     f"already has the adapter {adapter.label} in it",
@@ -308,7 +310,7 @@ class Work:
                 {"role": "base", "name": self.base.label, "fingerprint": combined},
                 *(
                     {"role": "adapter", "name": adapter.label, "fingerprint": value}
-                    for adapter, value in zip(self.adapters, self._prints, strict=True)
+                    for adapter, value in zip(self.adapters, self.prints, strict=True)
                 ),
             ],
             tensors=tensors,
@@ -327,7 +329,7 @@ class Work:
                 "touched": sorted(binding.updates),
             }
             for adapter, value, coeff, binding in zip(
-                self.adapters, self._prints, self.coeffs, self.bindings, strict=True
+                self.adapters, self.prints, self.coeffs, self.bindings, strict=True
             )
         ]
 

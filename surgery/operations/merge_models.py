@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from surgery import provenance
 from surgery.adapter import Adapter, is_adapter, open_adapter
-from surgery.algorithms.registry import PAPER, Algorithm, find, resolve
-from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, refuse_quantised
+from surgery.algorithms.registry import ALGORITHMS, PAPER, Algorithm, find, resolve
+from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, refuse_quantised, work_of
 from surgery.errors import MismatchError, UsageError
 from surgery.merged import merged
 from surgery.names import Pattern, align, select
@@ -83,6 +83,7 @@ def merge_models(
         name: work.output(name, values.of(name), dtype=dtype, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
         for name in work.names
     }
+    known = ALGORITHMS.get(row.name) is row and values.fixed()
     said = {"algorithm": row.name, "compat": compat, **values.described()} | ({"seed": seed} if row.random else {})
     return Checkpoint(
         tensors,
@@ -96,6 +97,7 @@ def merge_models(
             work.recorder(said | ({"dtype": dtype} if dtype else {}), prints),
             counts=work.counts(),
             files=config_file(reference.config, dtype),
+            work=work_of(members, said, dtype, missing, allow_nonfinite) if known else None,
             bytes_read=sum(member.nbytes for member in members),
         ),
     )
@@ -162,6 +164,10 @@ class _Values:
             return value(name)
         assert not isinstance(value, Mapping)  # those have patterns
         return value
+
+    def fixed(self) -> bool:
+        """Say whether :meth:`described` says all: a function's name does not tell what it returns."""
+        return not any(map(callable, self._given.values()))
 
     def described(self) -> dict[str, Any]:
         """Say the values as given, for the record."""

@@ -73,6 +73,11 @@ class OpenFile:
         """Device and number of the file, the same however it is called."""
         return self._identity[:2]
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size, and time of the last change: what differs where the file was rewritten, on whichever machine."""
+        return self._identity[2:]
+
     def check_unchanged(self) -> None:
         """Refuse if the file was replaced, truncated or rewritten since it was opened.
 

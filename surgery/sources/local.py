@@ -51,6 +51,10 @@ class StoredWeights:
         """The folder that side files lie in."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    def state(self) -> str:
+        """Name the files and their states: another text once any of them was changed."""
+        return repr([(self.label, file.path.name, *file.state) for file in self.files])
+
     def check_unchanged(self) -> None:
         """Refuse if any file changed since it was opened."""
         for file in self.files:
