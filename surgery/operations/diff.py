@@ -31,6 +31,9 @@ ROUNDING = 2.0**-22
 _PLURALS = {"bias": "biases", "norm": "norms", "embedding": "embeddings", "head": "the head"}
 
 
+Extracting = Callable[[int | None, Sequence[str]], str]
+
+
 @dataclass(frozen=True, slots=True)
 class DiffRow:
     """How one tensor differs."""
@@ -92,8 +95,8 @@ class DiffReport:
     b_bytes: int = 0
     copying: str = ""
     """The command that copies B."""
-    extracting: Callable[[int | None], str] = lambda _rank: ""
-    """Composes the command that extracts an adapter of a rank, or of the default rank."""
+    extracting: Extracting = lambda _rank, _excluded: ""
+    """Composes the command that extracts an adapter of a rank, or of the default rank, without some tensors."""
 
     def __repr__(self) -> str:
         """Say the verdict: the rows may be thousands."""
@@ -194,7 +197,7 @@ class DiffReport:
         return Table("Ship it as", ("form", "bytes", "rel. error", "command"), tuple(lines))
 
     def _adapter(self, name: str, rank: int | None) -> Form:
-        nbytes, lost = 0, 0.0
+        nbytes, lost, excluded = 0, 0.0, []
         for row in self.rows:
             if row.after is None or not row.energy:
                 continue
@@ -208,7 +211,9 @@ class DiffReport:
                 nbytes += row.after.nbytes
             else:
                 lost += row.energy
-        return Form(name, nbytes, math.sqrt(max(lost, 0.0) / self.energy), self.extracting(rank))
+                if row.trained_rows is not None:  # moved all over, and not sketched: no telling what a rank would keep
+                    excluded.append(row.name)
+        return Form(name, nbytes, math.sqrt(max(lost, 0.0) / self.energy), self.extracting(rank, excluded))
 
     def table(self, by: str = "kind") -> Table:
         """Summarise the changes.
@@ -339,7 +344,7 @@ class Comparison:
     spectrum: bool
     jobs: int
     copying: str
-    extracting: Callable[[int | None], str]
+    extracting: Extracting
 
     @property
     def bytes_read(self) -> int:
@@ -483,16 +488,22 @@ def _copying(b: Source) -> str:
     return 'surgery.open(b).save("OUT")'
 
 
-def _extracting(a: Source, b: Source, rename: Sequence[str], target: Sequence[str]) -> Callable[[int | None], str]:
+def _extracting(a: Source, b: Source, rename: Sequence[str], target: Sequence[str]) -> Extracting:
     """Compose commands that can be pasted: in a shell where both are on disk, in Python where one is in memory."""
-    if not (isinstance(a, str | os.PathLike) and isinstance(b, str | os.PathLike)):
-        more = "".join(f", {name}={list(given)!r}" for name, given in (("rename", rename), ("target", target)) if given)
-        return lambda rank: f"surgery.extract_lora(a, b{'' if rank is None else f', rank={rank}'}{more})"
-    options = [
-        f"--{name} {shlex.quote(text)}" for name, given in (("rename", rename), ("target", target)) for text in given
-    ]
-    tail = "".join(f" {option}" for option in options)
-    return lambda rank: f"surgery extract-lora {_typed(a)} {_typed(b)}{'' if rank is None else f' --rank {rank}'}{tail}"
+    on_disk = isinstance(a, str | os.PathLike) and isinstance(b, str | os.PathLike)
+
+    def in_shell(rank: int | None, excluded: Sequence[str]) -> str:
+        options = (("rename", rename), ("target", target), ("exclude", excluded))
+        tail = "".join(f" --{name} {shlex.quote(text)}" for name, given in options for text in given)
+        sides = f"{_typed(a)} {_typed(b)}"  # type: ignore[arg-type]  # on_disk
+        return f"surgery extract-lora {sides}{'' if rank is None else f' --rank {rank}'}{tail}"
+
+    def in_python(rank: int | None, excluded: Sequence[str]) -> str:
+        options = (("rename", rename), ("target", target), ("exclude", excluded))
+        more = "".join(f", {name}={list(given)!r}" for name, given in options if given)
+        return f"surgery.extract_lora(a, b{'' if rank is None else f', rank={rank}'}{more})"
+
+    return in_shell if on_disk else in_python
 
 
 def _typed(path: str | os.PathLike[str]) -> str:
