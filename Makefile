@@ -4,6 +4,7 @@
 #   make test                           the whole test suite
 #   make check                          format, lint, types
 #   make bench                          timings against named peers
+#   make bench-extract, bench-merge     the same against mergekit, which gets an environment of its own
 #   make oracle                         ask mergekit again, in an environment of its own, and compare
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench bench-extract clean
+.PHONY: demo test check format oracle bench bench-extract bench-merge clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -64,6 +65,9 @@ bench: $(VENV)/test
 
 bench-extract: $(VENV)/test $(VENV)/mergekit
 	@$(BIN)/python -m bench.extract --mergekit $(VENV)-mergekit/bin/python
+
+bench-merge: $(VENV)/test $(VENV)/mergekit
+	@$(BIN)/python -m bench.models --mergekit $(VENV)-mergekit/bin/python
 
 clean:
 	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

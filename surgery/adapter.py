@@ -528,6 +528,7 @@ def _bind_full(adapter: Adapter, base: Checkpoint, binding: Binding, weight: str
                 mend="a resized vocabulary merges with coefficient 1 only" if resized else "is this its base?",
             )
         binding.resized[weight] = new.spec.shape[0]
+        binding.notes.append(f"{adapter.label}: resizes {weight} from {old.shape[0]:,} to {new.spec.shape[0]:,} rows")
     counts = {old.dtype, new.spec.dtype} - set(ARITHMETIC)
     if counts and (len({old.dtype, new.spec.dtype}) > 1 or coeff not in (1.0, -1.0)):
         raise UnsupportedError(

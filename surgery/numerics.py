@@ -40,11 +40,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 17
 """Elements a block: its float64 working set stays in a core's cache."""
 
-RUN = 1024
-"""Elements whose squares are summed in float32."""
-_UNDERFLOW = 1e-20
-"""Sums of squares below this may have lost some to float32's smallest numbers."""
-
 _EXTRA_BITS = {"BF16": 15, "F16": 12}
 """Trailing float32 significand bits that are all zero in every value halfway between two of the dtype's."""
 
@@ -219,27 +214,17 @@ def random_words(seed: int, name: str, role: str, start: int, count: int) -> np.
 
 
 def squared_norm(values: torch.Tensor) -> float:
-    """Return Σx², right to about 1e-9 of itself.
-
-    float32 sums read up to 0.1 % low on large matrices, and widening every element costs several times as much as
-    squaring it. Squares of a run of :data:`RUN` float32 elements are summed in float32, whose rounding errors are
-    independent and average out over runs; the runs' sums are added in float64. Few elements are simply widened.
-    """
+    """Return Σx², accumulated in float64 block by block: float32 sums read up to 0.1 % low on large matrices."""
     flat = values.reshape(-1)
-    if flat.dtype != torch.float32 or flat.device.type != "cpu" or flat.numel() < 16 * RUN:
-        return _squared_norm_wide(flat)
-    whole = flat.numel() - flat.numel() % RUN
-    runs = flat.numpy()[:whole].reshape(-1, RUN)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.vecdot(runs, runs).sum(dtype=np.float64))
-    if not _UNDERFLOW < total < math.inf:  # squares outside of float32's range, or NaN
-        return _squared_norm_wide(flat)
-    return total if whole == flat.numel() else total + _squared_norm_wide(flat[whole:])
-
-
-def _squared_norm_wide(flat: torch.Tensor) -> float:
-    starts = range(0, flat.numel(), BLOCK)
-    return math.fsum(float(wide @ wide) for start in starts for wide in [flat[start : start + BLOCK].double()])
+    if flat.dtype == torch.float64 or flat.device.type != "cpu":
+        wide = flat.double()
+        return float(wide @ wide)
+    total = 0.0
+    for start in range(0, flat.numel(), BLOCK):
+        block = flat[start : start + BLOCK]
+        wide = scratch("norm", block.numel()).copy_(block)
+        total += float(wide @ wide)
+    return total
 
 
 def release_freed_memory() -> None:

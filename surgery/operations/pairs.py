@@ -70,7 +70,7 @@ class Pair:
             _tell(noises, delta, start)
             delta.sub_(old)
             self._check(old, delta)
-            weights.append(numerics.squared_norm(old))
+            weights.append(float(old @ old))  # to set ‖ΔW‖ in proportion: float32 will do
             deltas.append(numerics.squared_norm(delta))
             if out is not None and not direct:
                 self._check(old, out[start:stop].copy_(delta))

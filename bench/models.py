@@ -1,0 +1,118 @@
+"""``make bench-merge``: whole models merged by surgery and by mergekit 0.1.5, from the same recipes, beside ``cp``.
+
+python -m bench.models [--size 0.5B|1.5B] [--turns 3] [--only ties linear] [--mergekit .venv-mergekit/bin/python]
+
+Generated Qwen2.5 shapes in bfloat16: a base and two fine-tunes. mergekit runs once an algorithm; surgery and the floors in
+turns. "work" is the wall time without that of importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.timing import Run, fresh, timed
+from fixtures import generate
+
+TWO = """models:
+  - {{model: {a}, parameters: {{weight: 0.6{density}}}}}
+  - {{model: {b}, parameters: {{weight: 0.4{density}}}}}
+merge_method: {method}
+{base}dtype: bfloat16
+"""
+DENSE, SPARSE = "", ", density: 0.5"
+
+
+def recipe(method: str) -> str:
+    """Write a recipe for ``a``, ``b`` and ``base``."""
+    if method == "slerp":
+        return "models: [{model: a}, {model: b}]\nmerge_method: slerp\nbase_model: a\nparameters: {t: 0.4}\ndtype: bfloat16\n"
+    if method == "model_stock":
+        return "models: [{model: a}, {model: b}]\nmerge_method: model_stock\nbase_model: base\ndtype: bfloat16\n"
+    sparse = method not in ("linear", "task_arithmetic")
+    base = "" if method == "linear" else "base_model: base\n"
+    return TWO.format(a="a", b="b", density=SPARSE if sparse else DENSE, method=method, base=base)
+
+
+METHODS = ("linear", "task_arithmetic", "slerp", "model_stock", "ties", "breadcrumbs", "dare_ties", "della")
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("0.05B", "0.5B", "1.5B"), default="0.5B")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--mergekit", type=Path, help="the python of an environment with mergekit 0.1.5")
+    options = parser.parse_args()
+    shape = generate.SIZES[options.size]
+    with tempfile.TemporaryDirectory(prefix="surgery-bench-") as name:
+        folder = Path(name)
+        needed = 7 * 2 * shape.parameters
+        if shutil.disk_usage(folder).free < needed:
+            sys.exit(f"{needed / 1e9:.0f} GB of free disk are needed in {folder.parent}; set TMPDIR")
+        for out, more in (("base", []), ("a", ["--tune"]), ("b", ["--tune", "--tune-seed", "3"])):
+            made = [sys.executable, "-m", "fixtures.generate", str(folder / out), "--size", options.size, *more]
+            subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
+        for method in options.only:
+            (folder / f"{method}.yml").write_text(recipe(method))
+        print(f"{options.size}: {2 * shape.parameters / 1e9:.2f} GB a model in bfloat16\n")
+        _compare(folder, options.only, options.turns, options.mergekit)
+
+
+def _compare(folder: Path, methods: Sequence[str], turns: int, mergekit: Path | None) -> None:
+    def after(*command: str) -> Run:
+        fresh(folder / "out")
+        return timed(command, folder)
+
+    def surgery(method: str) -> Run:
+        return after(sys.executable, "-m", "surgery", "merge", f"{method}.yml", "-o", "out", "-q")
+
+    contenders = {
+        "cp": lambda: after("cp", "-r", "base", "out"),
+        "import torch": lambda: timed([sys.executable, "-c", "import torch"], folder),
+        **{method: lambda method=method: surgery(method) for method in methods},
+    }
+    found: dict[str, list[Run]] = {name: [] for name in contenders}
+    for turn in range(turns + 1):
+        for name, contender in contenders.items():
+            run = contender()
+            if turn:  # the first warms up
+                found[name].append(run)
+    copy, torch = (statistics.median(run.wall for run in found[name]) for name in ("cp", "import torch"))
+    print(
+        "| | surgery, wall (min…max) | CPU | peak RSS | work ÷ cp | mergekit 0.1.5 | CPU | peak RSS | mergekit ÷ surgery |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for name, runs in found.items():
+        walls = sorted(run.wall for run in runs)
+        middle, cpu = statistics.median(walls), statistics.median(run.cpu for run in runs)
+        cells = [name, f"{middle:.2f} s ({walls[0]:.2f}…{walls[-1]:.2f})", f"{cpu:.1f} s", _peak(runs)]
+        if name not in methods:
+            cells += [f"{middle / copy:.1f}", *[""] * 4]
+        else:
+            cells.append(f"{(middle - torch) / copy:.1f}")
+            theirs = _mergekit(folder, name, mergekit) if mergekit else None
+            peer = [f"{theirs.wall:.1f} s", f"{theirs.cpu:.1f} s", _peak([theirs])] if theirs else [""] * 3
+            cells += [*peer, f"{theirs.wall / middle:.1f}" if theirs else ""]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _mergekit(folder: Path, method: str, python: Path) -> Run:
+    fresh(folder / "out")
+    script = python.with_name("mergekit-yaml").resolve()
+    return timed([str(script), f"{method}.yml", "out", "--no-write-model-card"], folder)
+
+
+def _peak(runs: Sequence[Run]) -> str:
+    return f"{max(run.peak for run in runs) / 1e6:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
