@@ -3,8 +3,9 @@
 #   make demo [BASE=folder FT=folder]   the main job on a real pair of checkpoints, or on yours
 #   make test                           the whole test suite
 #   make check                          format, lint, types
-#   make oracle                         recipes by surgery and by mergekit, tensor by tensor
 #   make bench                          timings against named peers
+#   make oracle                         ask mergekit again, in an environment of its own, and compare
+#   make oracle-recipes                 recipes by surgery and by mergekit, tensor by tensor
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench clean
+.PHONY: demo test check format bench oracle oracle-recipes clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -47,18 +48,32 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# mergekit is LGPL: it gets an environment of its own, and is run, never imported.
-$(VENV)/mergekit: constraints.txt
-	@$(PYTHON) -m venv $(VENV)-mergekit
-	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet mergekit==0.1.5
+# mergekit is LGPL: whole, with all it depends on, it gets an environment of its own, and is run, never imported.
+$(VENV)/mergekit-whole: constraints.txt
+	@$(PYTHON) -m venv $(VENV)-mergekit-whole
+	@$(VENV)-mergekit-whole/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(VENV)-mergekit-whole/bin/python -m pip --disable-pip-version-check install --quiet mergekit==0.1.5
 	@touch $@
 
-oracle: $(VENV)/test $(VENV)/mergekit
-	@$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit/bin/python
+oracle-recipes: $(VENV)/test $(VENV)/mergekit-whole
+	@$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit-whole/bin/python
 
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
+# mergekit's own pins are left alone: it is installed without its dependencies, and what it imports beside it.
+ORACLE := .venv-mergekit
+$(ORACLE)/made: constraints.txt
+	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
+	@echo "installing mergekit 0.1.5 into $(ORACLE) ..."
+	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(ORACLE)/bin/python -m pip install --quiet --no-deps mergekit==0.1.5
+	@$(ORACLE)/bin/python -m pip install --quiet --constraint constraints.txt numpy pydantic safetensors tqdm
+	@touch $@
+
+oracle: $(VENV)/test $(ORACLE)/made
+	$(ORACLE)/bin/python -W ignore -m fixtures.mergekit_goldens $(ORACLE)/goldens.safetensors
+	MERGEKIT_GOLDENS=$(ORACLE)/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(ORACLE) $(VENV)-mergekit-whole .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.checkpoint import open_checkpoint as open
     from surgery.errors import SurgeryError
-    from surgery.operations.algorithms import algorithms
     from surgery.operations.convert import convert
     from surgery.operations.diff import diff
     from surgery.operations.extract_lora import extract_lora
@@ -39,7 +38,6 @@ __all__ = [
     "Checkpoint",
     "SurgeryError",
     "__version__",
-    "algorithms",
     "convert",
     "diff",
     "extract_lora",
@@ -56,7 +54,6 @@ _HOMES = {
     "Adapter": ("surgery.adapter", "Adapter"),
     "Checkpoint": ("surgery.checkpoint", "Checkpoint"),
     "SurgeryError": ("surgery.errors", "SurgeryError"),
-    "algorithms": ("surgery.operations.algorithms", "algorithms"),
     "convert": ("surgery.operations.convert", "convert"),
     "diff": ("surgery.operations.diff", "diff"),
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),

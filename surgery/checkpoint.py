@@ -44,8 +44,8 @@ class Origin:
     counts: Mapping[str, int] = field(default_factory=dict)
     work: str | None = None
     """Everything beside the input files that decides the tensors' values: lets a run that was broken off continue."""
-    reads: int | None = None
-    """Bytes that the inputs have to give."""
+    bytes_read: int | None = None
+    """What making it will read; its own size by default."""
     tables: Sequence[Table] = ()
     """What happens to which tensors, for people."""
 
@@ -160,7 +160,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             max_shard_size=max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
-            bytes_read=self.nbytes if self.origin is None or self.origin.reads is None else self.origin.reads,
+            bytes_read=self.nbytes if self.origin is None or self.origin.bytes_read is None else self.origin.bytes_read,
             counts=self.origin.counts if self.origin else {"copied": len(self)},
         )
 

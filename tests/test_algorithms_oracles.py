@@ -355,8 +355,9 @@ DIFFERENCES = {
     "slerp": ({"size": 0.02}, {"t": 0.5}, None),
     "nuslerp": ({}, {"flatten": False}, None),
     "model_stock": ({"size": 1e-5}, {}, None),
+    "breadcrumbs_ties": ({}, {"density": 0.5}, [4.0, 1.0, 1.0]),
 }
-NONE = {"linear", "passthrough", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties", "karcher", "ram", "arcee_fusion"}
+NONE = {"linear", "passthrough", "task_arithmetic", "breadcrumbs", "karcher", "ram", "arcee_fusion"}
 ROUNDING = {"multislerp": "eps in the norms", "ramplus": "float32 counts", "nearswap": "differences below 1e-6"}
 
 

@@ -84,3 +84,11 @@ def test_public_names_are_documented_with_an_example():
         documentation = getattr(surgery, name).__doc__
         assert "Args:" in documentation, name
         assert "Raises:" in documentation or name == "info", name
+
+
+def test_the_document_of_algorithms_is_what_the_registry_says():
+    from fixtures import algorithm_docs
+
+    assert (ROOT / "docs" / "algorithms.md").read_text() == algorithm_docs.render(), (
+        "python -m fixtures.algorithm_docs > docs/algorithms.md"
+    )

@@ -17,6 +17,7 @@ from fixtures import generate
 from surgery import merged as engine_room
 from surgery import numerics
 from surgery.algorithms import order
+from surgery.algorithms.custom import algorithm
 from surgery.algorithms.kernel import merge_tensors
 from surgery.algorithms.order import Order, Rank
 from surgery.algorithms.registry import ALGORITHMS, find
@@ -232,6 +233,27 @@ def test_overflow_is_refused_and_both_can_be_let_through():
 def test_unknown_semantics_are_refused():
     with pytest.raises(UsageError, match="compat is paper or mergekit"):
         Merged("w", lazily([torch.zeros(2)]), None, "linear", compat="theirs")
+
+
+@pytest.mark.parametrize("scope", ["element", "row", "tensor"])
+def test_a_function_of_ones_own_streams_in_its_scope(scope, small_blocks):
+    seen = []
+
+    @algorithm(scope=scope, base="required")
+    def halfway(models, base, coeffs):
+        seen.append(tuple(base.shape))
+        return base + sum(c * (model - base) for c, model in zip(coeffs, models, strict=True))
+
+    base, models = inputs(torch.float32)
+    lazy = Merged("w", lazily(models), lazily([base])[0], halfway, {"coeff": 0.5})
+    plain = Merged("w", lazily(models), lazily([base])[0], "task_arithmetic", {"coeff": 0.5})
+    assert torch.allclose(numerics.load(lazy), numerics.load(plain), rtol=1e-6)
+    assert seen[0] == {"element": (300,), "row": (3, 100), "tensor": SHAPE}[scope]
+    wrong = algorithm(scope="element")(lambda models, base, coeffs: models[0][:1])
+    with pytest.raises(UsageError, match=r"returned \[1\] for \[300\]"):
+        numerics.load(Merged("w", lazily(models), None, wrong))
+    with pytest.raises(UsageError, match="element, row or tensor"):
+        algorithm(scope="statistics")
 
 
 def write(folder, tensors, shards):

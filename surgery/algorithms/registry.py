@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,7 +98,8 @@ class Algorithm:
 
     Args:
         name: what it is called.
-        kernel: where its arithmetic is, ``module:Class`` in :mod:`surgery.algorithms`.
+        kernel: where its arithmetic is, ``module:Class`` in :mod:`surgery.algorithms`; for algorithms that are not in the
+            table (:mod:`surgery.algorithms.custom`) what makes it.
         title: what it does, in a clause.
         citation: authors, year, arXiv number.
         scope: what it has to see.
@@ -112,7 +113,7 @@ class Algorithm:
     """
 
     name: str
-    kernel: str
+    kernel: str | Callable[[Setting], Kernel]
     title: str
     citation: str
     scope: Scope
@@ -159,12 +160,14 @@ class Algorithm:
 
     def make(self, setting: Setting) -> Kernel:
         """Import the arithmetic and set it up for one tensor."""
+        if not isinstance(self.kernel, str):
+            return self.kernel(setting)
         module, _, name = self.kernel.partition(":")
         kernel: Kernel = getattr(importlib.import_module(f"surgery.algorithms.{module}"), name)(setting)
         return kernel
 
 
-_COEFF = Parameter("coeff", 1.0, "the model's coefficient, of any sign", per_model=True, mergekit="weight")
+COEFF = Parameter("coeff", 1.0, "the model's coefficient, of any sign", per_model=True, mergekit="weight")
 _DENSITY = Parameter("density", 1.0, "the fraction of the task vector that is kept", 0, 1, per_model=True)
 _GAMMA = Parameter("gamma", 0.01, "the fraction that is dropped as outliers", 0, 1, per_model=True)
 _WINDOW = Parameter("epsilon", 0.15, "keep with probabilities from density − ε to density + ε", 0, 0.5, per_model=True)
@@ -180,7 +183,7 @@ _TABLE = (
     Algorithm(
         "linear", "averaging:Linear", "Σ cᵢ xᵢ / Σ cᵢ: the weighted average",
         "Wortsman et al. 2022, arXiv:2203.05482", "element", "none",
-        parameters=(_COEFF, _MEAN),
+        parameters=(COEFF, _MEAN),
     ),
     Algorithm(
         "slerp", "interpolation:Slerp", "along the arc between two models",
@@ -191,7 +194,7 @@ _TABLE = (
         "nuslerp", "interpolation:NuSlerp", "slerp by coefficients, of models or task vectors, whole or by row or column",
         "mergekit 0.1.5; Shoemake 1985", "row", "optional", models=(2, 2),
         parameters=(
-            _COEFF,
+            COEFF,
             Parameter("flatten", True, "one angle for the whole tensor", kind="bool", mergekit="nuslerp_flatten"),
             Parameter("row_wise", False, "without flatten: an angle a row, else a column", kind="bool", mergekit="nuslerp_row_wise"),
         ),
@@ -200,7 +203,7 @@ _TABLE = (
         "multislerp", "interpolation:MultiSlerp", "the mean direction at the mean length, of models or task vectors",
         "Goddard 2025; mergekit 0.1.5", "statistics", "optional",
         parameters=(
-            _COEFF,
+            COEFF,
             Parameter("normalize", True, "divide by the sum of the coefficients", kind="bool", mergekit="normalize_weights"),
             Parameter("eps", 1e-8, "mean directions shorter than this are none", 0),
         ),
@@ -216,42 +219,42 @@ _TABLE = (
     Algorithm(
         "task_arithmetic", "task_vectors:TaskArithmetic", "b + λ Σ cᵢ δᵢ, with δᵢ = xᵢ − b",
         "Ilharco et al. 2023, arXiv:2212.04089", "element", "required",
-        parameters=(_COEFF, _SCALE, _SUM), ignored=("density", "rescale", "int8_mask"),
+        parameters=(COEFF, _SCALE, _SUM), ignored=("density", "rescale", "int8_mask"),
     ),
     Algorithm(
         "ties", "task_vectors:Ties", "trim δᵢ to the largest, elect signs, average those that agree",
         "Yadav et al. 2023, arXiv:2306.01708", "statistics", "required",
-        parameters=(_COEFF, _DENSITY, _SCALE, _MEAN, _BY_L1), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _SCALE, _MEAN, _BY_L1), ignored=("int8_mask",),
     ),
     Algorithm(
         "dare_linear", "task_vectors:DareLinear", "drop elements of δᵢ at random, enlarge the rest, sum",
         "Yu et al. 2024, arXiv:2311.03099", "element", "required", random=True, symmetric=False,
-        parameters=(_COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
     ),
     Algorithm(
         "dare_ties", "task_vectors:DareTies", "drop elements of δᵢ at random, enlarge the rest, sum those of elected sign",
         "Yu et al. 2024, arXiv:2311.03099", "element", "required", random=True, symmetric=False,
-        parameters=(_COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
     ),
     Algorithm(
         "della", "task_vectors:Della", "drop small elements of δᵢ sooner, enlarge the rest, average those of elected sign",
         "Deep et al. 2024, arXiv:2406.11617", "row", "required", random=True, symmetric=False,
-        parameters=(_COEFF, _DENSITY, _WINDOW, _SCALE, _MEAN, _BY_CHANCE), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _WINDOW, _SCALE, _MEAN, _BY_CHANCE), ignored=("int8_mask",),
     ),
     Algorithm(
         "della_linear", "task_vectors:DellaLinear", "drop small elements of δᵢ sooner, enlarge the rest, sum",
         "Deep et al. 2024, arXiv:2406.11617", "row", "required", random=True, symmetric=False,
-        parameters=(_COEFF, _DENSITY, _WINDOW, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _WINDOW, _SCALE, _SUM, _BY_CHANCE), ignored=("int8_mask",),
     ),
     Algorithm(
         "breadcrumbs", "task_vectors:BreadcrumbsSum", "drop outliers and the small rest of δᵢ, sum",
         "Davari and Belilovsky 2023, arXiv:2312.06795", "statistics", "required",
-        parameters=(_COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
     ),
     Algorithm(
         "breadcrumbs_ties", "task_vectors:BreadcrumbsTies", "drop outliers and the small rest of δᵢ, sum those of elected sign",
         "Davari and Belilovsky 2023, arXiv:2312.06795", "statistics", "required",
-        parameters=(_COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
+        parameters=(COEFF, _DENSITY, _GAMMA, _SCALE, _SUM, _BY_L1), ignored=("int8_mask",),
     ),
     Algorithm(
         "sce", "sce:Sce", "select what varies between models, weigh by energy, erase minority signs",

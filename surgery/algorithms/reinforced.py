@@ -52,6 +52,8 @@ class RamPlus(Ram):
 
     ``sharedᵢ`` and ``uniqueᵢ`` count the elements that it changed with others and alone.
 
+    Departs in mergekit: counts are divided in float32.
+
     Reference:
         "Reinforced agent merging", 2026, arXiv:2601.13572.
     """

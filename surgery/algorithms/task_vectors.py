@@ -171,7 +171,14 @@ class DareLinear(TaskArithmetic):
 
 
 class DareTies(DareLinear):
-    """DARE's dropping with the sign election of TIES; summed, not averaged, without ``normalize``."""
+    """DARE's dropping with the sign election of TIES.
+
+    Departs from the paper: summed, not averaged, without ``normalize``.
+    Departs in mergekit: as ``dare_linear`` and ``ties``.
+
+    Reference:
+        Yu et al., 2024, arXiv:2311.03099; Yadav et al., 2023, arXiv:2306.01708.
+    """
 
     consensus = True
 
@@ -193,7 +200,14 @@ class DellaLinear(TaskArithmetic):
 
 
 class Della(DellaLinear):
-    """DELLA: :class:`DellaLinear`'s dropping, the sign election of TIES, and a mean of those that agree."""
+    """DELLA: the dropping of ``della_linear``, the sign election of TIES, and a mean of those that agree.
+
+    Departs from the paper: as ``della_linear``.
+    Departs in mergekit: as ``della_linear`` and ``ties``.
+
+    Reference:
+        Deep et al., 2024, arXiv:2406.11617.
+    """
 
     consensus = True
 
@@ -210,6 +224,12 @@ class BreadcrumbsSum(TaskArithmetic):
 
 
 class BreadcrumbsTies(BreadcrumbsSum):
-    """Model breadcrumbs with the sign election of TIES; summed, not averaged, without ``normalize``."""
+    """Model breadcrumbs with the sign election of TIES; summed, not averaged, without ``normalize``.
+
+    Departs in mergekit: the election is of ``Σ cᵢ δ̂ᵢ``.
+
+    Reference:
+        Davari and Belilovsky, 2023, arXiv:2312.06795; Yadav et al., 2023, arXiv:2306.01708.
+    """
 
     consensus = True

@@ -98,7 +98,7 @@ def merge_models(
             counts=work.counts(),
             files=config_file(reference.config, dtype),
             work=work_of(members, said, dtype, missing, allow_nonfinite) if known else None,
-            reads=sum(member.nbytes for member in members),
+            bytes_read=sum(member.nbytes for member in members),
         ),
     )
 

@@ -161,7 +161,7 @@ class _Merge:
                 files=files,
                 counts=self.tally.counts(),
                 work=self._work(),
-                reads=sum(tensor.spec.nbytes for own in self.traced.values() for tensor in own.values()),
+                bytes_read=sum(tensor.spec.nbytes for own in self.traced.values() for tensor in own.values()),
                 tables=(rules_table(self.rules, tensors), *self._unused()),
             ),
         )
