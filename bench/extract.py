@@ -2,7 +2,7 @@
 
 python -m bench.extract [--size 0.5B|1.5B] [--ranks 8 32 128] [--turns 3] [--mergekit .venv-mergekit/bin/python]
 
-mergekit runs once a rank (it takes minutes, whatever the rank); surgery, and reading both models to compute ‖ΔW‖, in turns.
+mergekit runs once, at ``--mergekit-rank``: it takes minutes, whatever the rank. surgery, and reading both models to compute ‖ΔW‖, in turns.
 The relative error of both is measured from the adapters' files, by the same code, over the linear weights.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--mergekit", type=Path, help="the python of an environment with mergekit 0.1.5")
+    parser.add_argument("--mergekit-rank", type=int, default=32)
     parser.add_argument("--pair", type=Path, help="a folder with base and ft, in place of making them")
     options = parser.parse_args()
     shape = generate.SIZES[options.size]
@@ -56,7 +57,7 @@ def main() -> None:
         print(
             f"{options.size}: {shape.parameters / 1e9:.2f} B parameters in bfloat16, {2 * shape.parameters / 1e9:.2f} GB each\n"
         )
-        _compare(folder, options.ranks, options.turns, options.mergekit)
+        _compare(folder, options.ranks, options.turns, options.mergekit, options.mergekit_rank)
 
 
 def _make(folder: Path, size: str, shape: generate.Shape) -> None:
@@ -68,7 +69,7 @@ def _make(folder: Path, size: str, shape: generate.Shape) -> None:
         subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
 
 
-def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | None) -> None:
+def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | None, peer_rank: int) -> None:
     def surgery(rank: int) -> Run:
         fresh(folder / f"lora-{rank}")
         command = [
@@ -96,24 +97,23 @@ def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | No
             run = contender()
             if turn:  # the first warms up
                 found[name].append(run)
-    rows = [(name, runs, "", "") for name, runs in found.items()]
     errors = {rank: _judge(folder, folder / f"lora-{rank}") for rank in ranks}
     print("| | wall (min…max) | CPU | peak RSS | weights file | rel. error | mergekit ÷ surgery |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    theirs: dict[int, Run] = {}
-    for rank in ranks if mergekit else ():
-        fresh(folder / f"mergekit-{rank}")
-        script = mergekit.with_name("mergekit-extract-lora")
-        command = [str(script.resolve()), "--model", "ft", "--base-model", "base", "--out-path", f"mergekit-{rank}"]
-        theirs[rank] = timed([*command, "--max-rank", str(rank)], folder)
-        line = f"mergekit-extract-lora --max-rank {rank}"
-        size, error = _size(folder / f"mergekit-{rank}"), _judge(folder, folder / f"mergekit-{rank}")
-        print(_line(line, [theirs[rank]], f"{size / 1e6:.1f} MB", f"{error:.5f}", ""), flush=True)
-    for name, runs, _, _ in rows:
+    theirs = None
+    if mergekit:
+        fresh(folder / "mergekit")
+        script = mergekit.with_name("mergekit-extract-lora").absolute()
+        command = [str(script), "--model", "ft", "--base-model", "base", "--out-path", "mergekit"]
+        theirs = timed([*command, "--max-rank", str(peer_rank)], folder)
+        size, error = _size(folder / "mergekit"), _judge(folder, folder / "mergekit")
+        line = f"mergekit-extract-lora --max-rank {peer_rank}"
+        print(_line(line, [theirs], f"{size / 1e6:.1f} MB", f"{error:.5f}", ""), flush=True)
+    for name, runs in found.items():
         rank = int(name.rsplit(" ", 1)[1]) if name.startswith("surgery") else None
         size = f"{_size(folder / f'lora-{rank}') / 1e6:.1f} MB" if rank else ""
         error = f"{errors[rank]:.5f}" if rank else ""
-        ratio = f"{theirs[rank].wall / statistics.median(r.wall for r in runs):.1f}" if rank in theirs else ""
+        ratio = f"{theirs.wall / statistics.median(r.wall for r in runs):.1f}" if rank and theirs else ""
         print(_line(name, runs, size, error, ratio))
 
 
