@@ -724,8 +724,14 @@ _paired("a scalar for a matrix", MISMATCH, QW, "tuned-model", changes=lambda: {Q
 _paired(
     "a shape with the same number of elements", MISMATCH, QW, "tuned-model", changes=lambda: {QW: torch.ones(64, 16)}
 )
-_paired("a vocabulary that was resized", MISMATCH, EMBED, "tuned-model", "64", "72",
-        changes=lambda: {EMBED: torch.ones(72, 32)})  # fmt: skip
+
+
+@refused(
+    "pair: a vocabulary that was resized, for a server that keeps the base's", MISMATCH, EMBED, "tuned-model", "vLLM"
+)
+def _(here: Path) -> Commands:
+    pair(here, **{EMBED: torch.ones(72, 32)})
+    return [[*command, "--for", "vllm"] for command in _extracting(here)]
 
 
 @refused("pair: no name in common", MISMATCH, "tuned-model", "base-model")
@@ -1085,7 +1091,7 @@ _adapted(
     "two tensors with one role", MISMATCH, Q, tensors=lambda: {A.removeprefix("base_model.model."): torch.ones(4, 32)}
 )
 _adapted("a saved module of another shape", MISMATCH, EMBED,
-         tensors=lambda: {f"base_model.model.{EMBED}": torch.ones(72, 32)})  # fmt: skip
+         tensors=lambda: {f"base_model.model.{EMBED}": torch.ones(72, 31)})  # fmt: skip
 _adapted("a saved module that would broadcast", MISMATCH, NORM,
          tensors=lambda: {f"base_model.model.{NORM}": torch.ones(1)})  # fmt: skip
 _adapted("a saved module of integers", MISMATCH, NORM,
