@@ -48,12 +48,14 @@ def role_of(spec: TensorSpec) -> str:
     >>> role_of(TensorSpec("encoder.layer.0.output.dense.bias", "F32", (8,)))
     'bias'
     """
-    role = _role_of_module(".".join(module_of(spec.name).rsplit(".", LONGEST_RULE)[-LONGEST_RULE:]))
+    # The parameter's own name stands last, and what is before the longest rule's reach first.
+    role = _role_of_module(".".join(spec.name.rsplit(".", LONGEST_RULE + 1)[-LONGEST_RULE - 1 : -1]))
+    flat = len(spec.shape) <= 1
     if role == "norm":
-        return "norm" if len(spec.shape) <= 1 else "other"
-    if spec.name.endswith("bias") and len(spec.shape) <= 1:
-        return "bias"
-    return role if len(spec.shape) >= 2 else "other"
+        return "norm" if flat else "other"
+    if flat:
+        return "bias" if spec.name.endswith("bias") else "other"
+    return role
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -62,13 +64,16 @@ def _role_of_module(tail: str) -> str:
     return next((role for role, pattern in _COMPILED if pattern.search(tail)), "other")
 
 
+_BLOCK = re.compile(r"(.*?\b\d+)\.")
+
+
 def layer_of(name: str) -> str:
     """Name the block that a tensor belongs to: its path up to the first number; ``""`` outside of blocks.
 
     >>> layer_of("encoder.layer.3.attention.self.query.weight"), layer_of("pooler.dense.weight")
     ('encoder.layer.3', '')
     """
-    found = re.match(r"(.*?\b\d+)\.", name)
+    found = _BLOCK.match(name)
     return found[1] if found else ""
 
 

@@ -29,6 +29,8 @@ class Info:
     """Weight file → number of tensors in it."""
     config: Mapping[str, Any] | None
     notes: Sequence[str]
+    blocks: frozenset[str] = frozenset()
+    """The paths of the numbered blocks."""
 
     def __repr__(self) -> str:
         """Name it and say how large it is: the tensors may be thousands."""
@@ -55,11 +57,11 @@ class Info:
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.specs:
             groups.setdefault(role_of(spec), []).append(spec)
-        ordered = sorted(groups.items(), key=lambda item: -sum(spec.numel for spec in item[1]))
+        sizes = {role: sum(spec.numel for spec in specs) for role, specs in groups.items()}
         rows = tuple(
-            (role, str(len(specs)), human_count(sum(s.numel for s in specs)), human_bytes(sum(s.nbytes for s in specs)),
-             _shapes(specs))
-            for role, specs in ordered
+            (role, str(len(groups[role])), human_count(sizes[role]), human_bytes(sum(s.nbytes for s in groups[role])),
+             _shapes(groups[role]))
+            for role in sorted(groups, key=lambda role: -sizes[role])
         )  # fmt: skip
         return Table("Tensors by kind", ("kind", "tensors", "elements", "bytes", "shapes"), rows)
 
@@ -76,13 +78,13 @@ class Info:
         dtypes: dict[str, int] = {}
         for spec in self.specs:
             dtypes[spec.dtype] = dtypes.get(spec.dtype, 0) + 1
-        layers = len({layer for spec in self.specs if (layer := layer_of(spec.name))})
+        parameters = self.parameters
         found = [
             ("tensors", f"{len(self.specs):,} in {len(self.files) or 1} file{'s' if len(self.files) > 1 else ''}"),
-            ("parameters", f"{human_count(self.parameters)} ({self.parameters:,})"),
+            ("parameters", f"{human_count(parameters)} ({parameters:,})"),
             ("bytes", f"{human_bytes(self.nbytes)}"),
             ("dtypes", ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(dtypes.items()))),
-            ("blocks", str(layers)),
+            ("blocks", str(len(self.blocks))),
         ]
         for key in _CONFIG_FACTS:
             if self.config and self.config.get(key) is not None:
@@ -130,10 +132,12 @@ def info(source: Source) -> Info:
     for shard in checkpoint.shards.values():
         files[shard] = files.get(shard, 0) + 1
     specs = tuple(checkpoint.specs.values())
-    return Info(checkpoint.label, specs, files, checkpoint.config, [*checkpoint.notes, *_observations(checkpoint)])
+    blocks = frozenset(filter(None, (layer_of(spec.name) for spec in specs)))
+    notes = [*checkpoint.notes, *_observations(checkpoint, blocks)]
+    return Info(checkpoint.label, specs, files, checkpoint.config, notes, blocks)
 
 
-def _observations(checkpoint: Checkpoint) -> list[str]:
+def _observations(checkpoint: Checkpoint, blocks: frozenset[str]) -> list[str]:
     """Say what is tied or missing."""
     config, specs = checkpoint.config or {}, checkpoint.specs
     notes = []
@@ -142,7 +146,6 @@ def _observations(checkpoint: Checkpoint) -> list[str]:
         notes.append("the output head is tied to the input embedding, which is stored once")
     if config.get("tie_word_embeddings") and heads:
         notes.append(f"{heads[0]} is stored although the configuration ties it to the input embedding")
-    blocks = {layer_of(name) for name in specs} - {""}
     stems: dict[str, set[int]] = {}
     for block in blocks:
         stem, _, number = block.rpartition(".")

@@ -12,7 +12,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from surgery.errors import FormatError, IOFailure, SurgeryError
 from surgery.tensor import TensorSpec, byte_range
@@ -112,9 +112,9 @@ class FileTensor:
     spec: TensorSpec
     file: OpenFile
     offset: int
-    unit: int = 1
-    scratch: int = 0
-    resident: int = 0
+    unit: ClassVar[int] = 1
+    scratch: ClassVar[int] = 0
+    resident: ClassVar[int] = 0
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the range from the file."""

@@ -256,7 +256,8 @@ def _safetensors(file: OpenFile, metadata: dict[str, str]) -> dict[str, LazyTens
     length = safetensors.header_length(file.read(0, min(8, file.size)), file.size)
     header = safetensors.parse_header(file.read(8, length), file.size)
     metadata.update(header.metadata)
-    return {name: FileTensor(spec, file, header.offsets[name]) for name, spec in header.specs.items()}
+    with safetensors.without_collector():
+        return {name: FileTensor(spec, file, header.offsets[name]) for name, spec in header.specs.items()}
 
 
 def _pickled(file: OpenFile, notes: list[str]) -> dict[str, LazyTensor]:
