@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.checkpoint import open_checkpoint as open
     from surgery.errors import SurgeryError
+    from surgery.operations.add import add
     from surgery.operations.convert import convert
     from surgery.operations.diff import diff
     from surgery.operations.extract_lora import extract_lora
@@ -39,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "SurgeryError",
     "__version__",
+    "add",
     "convert",
     "diff",
     "extract_lora",
@@ -56,6 +58,7 @@ _HOMES = {
     "Adapter": ("surgery.adapter", "Adapter"),
     "Checkpoint": ("surgery.checkpoint", "Checkpoint"),
     "SurgeryError": ("surgery.errors", "SurgeryError"),
+    "add": ("surgery.operations.add", "add"),
     "convert": ("surgery.operations.convert", "convert"),
     "diff": ("surgery.operations.diff", "diff"),
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),

@@ -9,7 +9,8 @@ One rule table serves files, state dicts in memory and PEFT keys alike:
 4. ``--rename OLD=NEW`` does the rest.
 
 Patterns: a bare word matches a module name or a dotted suffix of it, as in PEFT (``q_proj``); ``*`` and ``?`` make a
-glob over the whole name; ``re:`` a regular expression that must match the whole name.
+glob over the whole name; ``re:`` a regular expression that must match the whole name; ``role:`` what a tensor is in
+its model (``role:q``), as :mod:`surgery.roles` tells it.
 """
 
 from __future__ import annotations
@@ -213,31 +214,35 @@ def module_of(name: str) -> str:
 
 
 class Pattern:
-    """One selection pattern, matched against a tensor's name or its module's."""
+    """One selection pattern, matched against a tensor's name or its module's, or against its role."""
 
     def __init__(self, text: str) -> None:
         """Compile ``text``.
 
         Raises:
-            UsageError: an empty pattern, a bad regular expression, or ``role:``, which needs a later version.
+            UsageError: an empty pattern, or a bad regular expression.
         """
         self.text = text
+        self.role = text.removeprefix("role:") if text.startswith("role:") else None
         if text.startswith("re:"):
             try:
                 self._regex = re.compile(text[3:])
             except re.error as error:
                 raise UsageError(f"pattern {text!r} is not a regular expression: {error}") from None
-        elif not text or text.startswith("role:"):
+        elif not text or self.role == "":
             raise UsageError(
-                f"pattern {text!r} is not known", mend="use a module name (q_proj), a glob (*.attn.*) or re:REGEX"
+                f"pattern {text!r} is not known",
+                mend="use a module name (q_proj), a glob (*.attn.*), role:ROLE or re:REGEX",
             )
         elif any(sign in text for sign in "*?"):
             self._regex = re.compile(fnmatch.translate(text.replace("[", "[[]")))
         else:
             self._regex = re.compile(rf"(.*\.)?{re.escape(text)}")
 
-    def matches(self, name: str) -> bool:
-        """Say whether the pattern selects the tensor called ``name``."""
+    def matches(self, name: str, role: str = "") -> bool:
+        """Say whether the pattern selects the tensor called ``name``, whose role is ``role``."""
+        if self.role is not None:
+            return role == self.role
         return self._regex.fullmatch(name) is not None or self._regex.fullmatch(module_of(name)) is not None
 
 
@@ -250,24 +255,29 @@ def parse_patterns(texts: Iterable[str]) -> list[Pattern]:
     return patterns
 
 
-def select(names: Collection[str], patterns: Sequence[Pattern], option: str) -> set[str]:
+def select(names: Mapping[str, str], patterns: Sequence[Pattern], option: str) -> set[str]:
     """Collect the names that any pattern selects.
 
     Args:
-        names: the names to choose from.
+        names: the names to choose from, and the role of each.
         patterns: the patterns; each must select something.
         option: the option they came from, for the message.
 
     Raises:
-        MismatchError: a pattern selects nothing; the message lists near matches.
+        MismatchError: a pattern selects nothing; the message lists near matches, or the roles that there are.
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if pattern.matches(name)}
+        found = {name for name, role in names.items() if pattern.matches(name, role)}
         if not found:
-            raise MismatchError(f"{option} {pattern.text!r} matches no tensor", mend=_near(pattern.text, names))
+            mend = _near(pattern.text, names) if pattern.role is None else _roles(names)
+            raise MismatchError(f"{option} {pattern.text!r} matches no tensor", mend=mend)
         chosen |= found
     return chosen
+
+
+def _roles(names: Mapping[str, str]) -> str:
+    return f"its tensors are taken for: {', '.join(sorted(set(names.values())))}; name the modules by a pattern"
 
 
 def _near(text: str, names: Collection[str]) -> str:

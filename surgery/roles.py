@@ -16,18 +16,19 @@ from surgery.tensor import TensorSpec
 
 # (role, pattern searched in the module's name). Order matters: fused before single, specific before general.
 _RULES: tuple[tuple[str, str], ...] = (
-    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm|[a-z]*layernorm)$"),
-    ("embedding", r"(?i)(^|\.)(wte|wpe|shared|(\w+_)?emb|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions))$"),
-    ("head", r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls\.\w+(\.\w+)*|pooler(\.dense)?)$"),
+    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm|[a-z]*layernorm(_[a-z]+)?)$"),
+    ("head", r"(^|\.)(lm_head|embed_out|score|(pre_)?classifier(\.(dense|out_proj))?|qa_outputs|cls\.\w+(\.\w+)*|pooler(\.dense)?)$"),
+    ("embedding", r"(?i)(^|\.)(wte|wpe|shared|(\w+_)?emb|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions)|relative_attention_bias)$"),
     ("qkv", r"(^|\.)(c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj|attn_qkv)$"),
     ("gate_up", r"(^|\.)(gate_up_proj|dense_h_to_2h)$"),
     ("router", r"(^|\.)(router|gate|block_sparse_moe\.gate|mlp\.gate|router\.\w+)$"),
     ("q", r"(^|\.)(q_proj|query|q_lin|wq|to_q|q|q_[ab]_proj)$"),
     ("k", r"(^|\.)(k_proj|key|k_lin|wk|to_k|k|kv_[ab]_proj\w*)$"),
     ("v", r"(^|\.)(v_proj|value|v_lin|wv|to_v|v)$"),
-    ("o", r"(^|\.)(o_proj|out_proj|out_lin|wo|o|to_out(\.0)?|(attention|attn|self_attention)\.(output\.dense|c_proj|dense|proj))$"),
+    ("down", r"(^|\.)(DenseReluDense|mlp|ffn|feed_forward)\.wo$"),
+    ("o", r"(^|\.)(o_proj|out_proj|out_lin|wo|o|to_out(\.0)?|(attention|attn|self_attn|self_attention)\.(output\.dense|c_proj|dense|proj))$"),
     ("gate", r"(^|\.)(gate_proj|w1|wi_0)$"),
-    ("down", r"(^|\.)(down_proj|w2|fc2|lin2|dense_4h_to_h|wo|(mlp|ffn)\.c_proj|output\.dense|ff\.net\.2)$"),
+    ("down", r"(^|\.)(down_proj|w2|fc2|lin2|dense_4h_to_h|(mlp|ffn)\.c_proj|output\.dense|ff\.net\.2)$"),
     ("up", r"(^|\.)(up_proj|w3|fc1|lin1|c_fc|dense_h_to_4h|wi(_1)?|intermediate\.dense|ff\.net\.0\.proj)$"),
 )  # fmt: skip
 ROLES = (
@@ -62,6 +63,15 @@ def role_of(spec: TensorSpec) -> str:
 def _role_of_module(tail: str) -> str:
     """Find the first rule for the end of a module's name: models repeat few of them many times."""
     return next((role for role, pattern in _COMPILED if pattern.search(tail)), "other")
+
+
+def roles_of(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Name the role of every tensor: what :func:`surgery.names.select` chooses from.
+
+    >>> roles_of({"h.0.q_proj.weight": TensorSpec("h.0.q_proj.weight", "F32", (2, 2))})
+    {'h.0.q_proj.weight': 'q'}
+    """
+    return {name: role_of(spec) for name, spec in specs.items()}
 
 
 _BLOCK = re.compile(r"(.*?\b\d+)\.")

@@ -728,6 +728,14 @@ _paired("an embedding that is wider", MISMATCH, EMBED, "tuned-model", "64", "72"
         changes=lambda: {EMBED: torch.ones(72, 40)})  # fmt: skip
 
 
+@refused(
+    "pair: a vocabulary that was resized, for a server that keeps the base's", MISMATCH, EMBED, "tuned-model", "vLLM"
+)
+def _(here: Path) -> Commands:
+    pair(here, **{EMBED: torch.ones(72, 32)})
+    return [[*command, "--for", "vllm"] for command in _extracting(here)]
+
+
 @refused("pair: no name in common", MISMATCH, "tuned-model", "base-model")
 def _(here: Path) -> Commands:
     model(here / "base-model")

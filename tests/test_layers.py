@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("names", "roles"),
     ("formats",),
     ("numerics", "delta"),
-    ("algorithms",),
+    ("algorithms", "methods"),
     ("merged",),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
-HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify", "verify_serving", "algorithms"}
+HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 
 ORDER = {room: (number, place) for number, layer in enumerate(LAYERS) for place, room in enumerate(layer)}

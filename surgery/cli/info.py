@@ -12,8 +12,9 @@ from surgery.operations.info import info
 @click.command("info", short_help="Show what a checkpoint holds, from its headers alone.")
 @click.argument("checkpoint", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--roles", is_flag=True, help="Show what each tensor is taken for; role:NAME in patterns chooses by it.")
 @options.common
-def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
+def command(checkpoint: str, tensors: bool, roles: bool, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, dtypes, shapes, parameters, bytes.
 
     Only headers and config.json are read, whatever the size.
@@ -21,10 +22,11 @@ def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     \b
       surgery info ./Qwen2.5-1.5B
       surgery info model.safetensors --tensors
+      surgery info ./Qwen2.5-1.5B --roles
     """
     found = info(checkpoint)
     if as_json:
-        terminal.document(found.document(tensors=tensors))
+        terminal.document(found.document(tensors=tensors or roles))
         return
     if quiet:
         click.echo(str(found.parameters))
@@ -32,5 +34,5 @@ def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     click.echo(printable(found.label))
     terminal.facts(found.facts())
     click.echo()
-    terminal.table(found.all_tensors() if tensors else found.by_role())
-    terminal.notes(found.notes)
+    terminal.table(found.all_tensors() if tensors else found.by_layout() if roles else found.by_role())
+    terminal.notes([*found.notes, *(found.unknown() if roles else [])])

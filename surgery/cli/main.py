@@ -23,6 +23,7 @@ COMMANDS = {
     "spectrum": "Show the singular values of a fine-tune's changes.",
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
+    "add": "Give a model the new parameters of a PEFT method.",
     "plan": "Show what a recipe would do.",
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",

@@ -11,6 +11,7 @@ from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, refu
 from surgery.errors import MismatchError, UsageError
 from surgery.names import parse_patterns, parse_renames, select
 from surgery.names import rename as spell
+from surgery.roles import roles_of
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
 
@@ -46,7 +47,7 @@ def convert(
     if dtype is not None and dtype not in ARITHMETIC:
         raise UsageError(f"--dtype can be {', '.join(ARITHMETIC)}, not {dtype!r}")
     checkpoint = open_checkpoint(source)
-    dropped = select(checkpoint.tensors, parse_patterns(drop), "--drop") if drop else set()
+    dropped = select(roles_of(checkpoint.specs), parse_patterns(drop), "--drop") if drop else set()
     rules = parse_renames(rename)
     _refuse_idle_rules(rules, checkpoint)
     kept = [name for name in checkpoint.tensors if name not in dropped]

@@ -453,7 +453,8 @@ def plan_diff(
             file=after.label,
             mend="--rename OLD=NEW brings names together",
         )
-    chosen = select(names, parse_patterns(target), "--target") if target else set(names)
+    roles = {name: role_of((before.tensors.get(name) or spelled[name]).spec) for name in names}
+    chosen = select(roles, parse_patterns(target), "--target") if target else set(names)
     rows: list[DiffRow] = []
     pairs: dict[str, tuple[LazyTensor, LazyTensor]] = {}
     for name in names:

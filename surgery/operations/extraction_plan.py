@@ -25,7 +25,7 @@ from surgery.names import module_of, parse_patterns, select, undecorated
 from surgery.operations.extraction_units import EXPERTS, Unit
 from surgery.operations.rank_rule import RankRule
 from surgery.report import join_shown
-from surgery.roles import is_fused_experts, role_of, transposed_weights
+from surgery.roles import is_fused_experts, role_of, roles_of, transposed_weights
 from surgery.sources.spool import MEMORY_LIMIT
 from surgery.tensor import LazyTensor, TensorSpec
 from surgery.writer import Publication
@@ -226,8 +226,9 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
     """Decide for every tensor whether it is factored, stored in full, examined row by row, or left out."""
     specs = {name: found.base.tensors[name].spec for name in found.tuned}
     found.transposed = transposed_weights(found.base.specs, found.base.config)
-    chosen = select(specs, parse_patterns(target), "--target") if target else set(specs)
-    dropped = select(specs, parse_patterns(exclude), "--exclude") if exclude else set()
+    roles = roles_of(specs)
+    chosen = select(roles, parse_patterns(target), "--target") if target else set(specs)
+    dropped = select(roles, parse_patterns(exclude), "--exclude") if exclude else set()
     found.unwanted = {
         name: "excluded" if name in dropped else "not targeted" for name in dropped | (specs.keys() - chosen)
     }

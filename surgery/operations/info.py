@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.checkpoint import Checkpoint, Source, open_checkpoint
-from surgery.report import Table
+from surgery.report import Table, join_shown
 from surgery.roles import layer_of, role_of
 from surgery.tensor import TensorSpec, human_bytes, human_count
 
@@ -64,6 +65,24 @@ class Info:
             for role in sorted(groups, key=lambda role: -sizes[role])
         )  # fmt: skip
         return Table("Tensors by kind", ("kind", "tensors", "elements", "bytes", "shapes"), rows)
+
+    def by_layout(self) -> Table:
+        """Show what each tensor is taken for, one line for all blocks that have it alike."""
+        groups: dict[tuple[str, str, str], int] = {}
+        for spec in self.specs:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", spec.name)
+            key = (name, role_of(spec), "×".join(map(str, spec.shape)) or "scalar")
+            groups[key] = groups.get(key, 0) + 1
+        rows = tuple((name, role, str(count), shape) for (name, role, shape), count in groups.items())
+        return Table("Roles", ("name", "role", "tensors", "shape"), rows)
+
+    def unknown(self) -> list[str]:
+        """Say which tensors no rule knows: patterns must name those."""
+        names = [spec.name for spec in self.specs if role_of(spec) == "other"]
+        if not names:
+            return []
+        shown = join_shown(list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)))
+        return [f"no rule knows what {len(names)} tensors are ({shown}): choose them by a pattern, not by role:"]
 
     def all_tensors(self) -> Table:
         """List every tensor."""

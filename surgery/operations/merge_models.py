@@ -15,6 +15,7 @@ from surgery.merged import merged
 from surgery.names import Pattern, align, select
 from surgery.operations.convert import config_file, config_in
 from surgery.report import join_shown
+from surgery.roles import roles_of
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
 OneOrEach = float | Sequence[float]
@@ -78,7 +79,7 @@ def merge_models(
     members = inputs if opened is None else [opened, *inputs]
     work = _Work(row, members, opened is not None, missing)
     prints = {number + 1: adapter.fingerprint() for number, adapter in adapters.items()}
-    values = _Values(row, len(models), parameters or {}, sorted(work.names))
+    values = _Values(row, len(models), parameters or {}, work.roles())
     tensors = {
         name: work.output(name, values.of(name), dtype=dtype, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
         for name in work.names
@@ -126,16 +127,17 @@ class _Chosen:
 class _Values:
     """Parameters as given, looked up tensor by tensor."""
 
-    def __init__(self, row: Algorithm, count: int, given: Mapping[str, Value], names: Sequence[str]) -> None:
+    def __init__(self, row: Algorithm, count: int, given: Mapping[str, Value], roles: Mapping[str, str]) -> None:
         self._row = row
         self._count = count
         self._given = dict(given)
+        self._roles = roles
         self._patterns: dict[str, list[tuple[Pattern, OneOrEach]]] = {}
         for key, value in given.items():
             row.parameter(key)
             if isinstance(value, Mapping):
                 pairs = [(Pattern(text), item) for text, item in value.items()]
-                select(names, [pattern for pattern, _ in pairs], key)
+                select(roles, [pattern for pattern, _ in pairs], key)
                 self._patterns[key] = pairs
 
     def of(self, name: str) -> _Chosen:
@@ -159,7 +161,9 @@ class _Values:
     def _look_up(self, key: str, name: str) -> OneOrEach | None:
         value = self._given[key]
         if key in self._patterns:
-            return next((item for pattern, item in self._patterns[key] if pattern.matches(name)), None)
+            return next(
+                (item for pattern, item in self._patterns[key] if pattern.matches(name, self._roles[name])), None
+            )
         if callable(value):
             return value(name)
         assert not isinstance(value, Mapping)  # those have patterns
@@ -200,6 +204,10 @@ class _Work:
             self._refuse_missing()
         for member in members:
             refuse_quantised(member, sorted(self._everywhere))
+
+    def roles(self) -> dict[str, str]:
+        """Say what each output tensor is, for patterns."""
+        return roles_of({name: next(own[name].spec for own in self._tensors if name in own) for name in self.names})
 
     def _spelled(self, member: Checkpoint) -> dict[str, provenance.Traced]:
         """Give a member's tensors the first member's names, traced."""

@@ -1,0 +1,72 @@
+"""``surgery add``."""
+
+from __future__ import annotations
+
+import click
+
+from surgery.cli import options, terminal
+from surgery.errors import UsageError, printable
+from surgery.operations.add import add, stem_of
+from surgery.tensor import human_bytes
+
+
+@click.command("add", short_help="Give a model the new parameters of a PEFT method.")
+@click.argument("method")
+@click.argument("checkpoint", type=click.Path())
+@click.option("--target", multiple=True, metavar="PATTERN",
+              help="Modules to adapt: role:q, a word, a glob or re:REGEX; repeatable. The method's own by default.")  # fmt: skip
+@click.option("-p", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method: r=8; repeatable.")
+@click.option("-o", "--output", "out", type=click.Path(), help="A folder; CHECKPOINT-METHOD by default.")
+@click.option("--dtype", type=click.Choice(["F32", "BF16", "F16"], case_sensitive=False), default="F32",
+              show_default=True, help="Of the new tensors.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws, keyed by the tensors' names.")
+@click.option("--base-name", metavar="NAME", help="What the file calls the base.")
+@click.option("--names-in-memory", is_flag=True, help="Name modules as transformers calls them once loaded.")
+@options.overwrite
+@options.dry_run
+@options.common
+def command(
+    method: str, checkpoint: str, target: tuple[str, ...], settings: tuple[str, ...], out: str | None, dtype: str, seed: int,
+    base_name: str | None, names_in_memory: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Write the parameters that METHOD adds to CHECKPOINT, as PEFT or AdapterHub loads them.
+
+    surgery methods lists the methods, their settings, and what each would cost on a model.
+
+    \b
+      surgery add lora base --target role:q,role:v -p r=16 -o base-lora
+      surgery add prompt-tuning base -p length=20 -p tokens=101,2023
+      surgery add houlsby base -p size=64 -p leave_out=0,1
+      surgery add ft-topk base -p k=2
+    """
+    added = add(
+        checkpoint, method, target=target, dtype=dtype.upper(), seed=seed, base_name=base_name,
+        names_in_memory=names_in_memory, **_parsed(settings),
+    )  # fmt: skip
+    out = out or f"{stem_of(checkpoint)}-{method}"
+    if not dry_run:
+        added.save(out, overwrite=overwrite)
+    if as_json:
+        terminal.document({**added.document_of(), "out": None if dry_run else out})
+        return
+    if quiet:
+        click.echo(str(added.parameters) if dry_run else printable(out))
+        return
+    if dry_run:
+        terminal.table(added.table())
+    where = f"would write {printable(out)}" if dry_run else f"wrote {printable(out)}"
+    click.echo(
+        f"{where} ({added.parameters:,} parameters on {len(added.chosen):,} tensors, {human_bytes(added.nbytes)})"
+    )
+    terminal.notes([*added.notes, *(() if added.addition.unchanged else ("the model's function changes at once",))])
+
+
+def _parsed(settings: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-p takes KEY=VALUE, not {text!r}")
+        if found.setdefault(key, value) != value:
+            raise UsageError(f"-p gives {key} twice")
+    return found

@@ -1,0 +1,116 @@
+"""LoRA, rsLoRA and DoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgery.errors import MismatchError, UsageError
+from surgery.formats import peft
+from surgery.methods.addition import Addition, New
+from surgery.methods.model import Model
+from surgery.methods.starts import ZEROS, Normal, Norms, kaiming_uniform
+
+
+def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Addition:
+    r"""Add ``ΔW = s · B A`` to chosen weights: ``A (r, in)``, ``B (out, r)``, ``s = α/r``, or ``α/√r`` with rsLoRA.
+
+    ``r (in + out)`` parameters a weight. A is Kaiming-uniform and B zero, so that ``ΔW = 0``. DoRA adds the magnitude
+    ``m (out,)``, the norms of W's rows: ``W' = m / ‖W + ΔW‖ ∘ (W + ΔW)``. Embeddings: ``A (r, rows)`` starts at zero
+    and B is normal, as PEFT has it. Convolutions: ``A (r, in, k…)``, ``B (out, r, 1…)``.
+
+    Args:
+        model: the model's header.
+        target: patterns; the q and v projections by default.
+        settings: ``r``, ``alpha``, ``rslora``, ``dora``.
+
+    Raises:
+        MismatchError: a 1-D target, or a rank larger than the matrix.
+        UnsupportedError: experts.
+
+    >>> from surgery.tensor import TensorSpec
+    >>> names = ["h.0.q_proj.weight", "h.0.v_proj.weight"]
+    >>> model = Model({name: TensorSpec(name, "F32", (6, 4)) for name in names})
+    >>> plan(model, (), {"r": 2, "alpha": None, "rslora": False, "dora": False}).parameters
+    40
+
+    Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, equation 3;
+    Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA); Liu et al. 2024, arXiv:2402.09353, equation 5 (DoRA).
+    Departs from the paper: A is Kaiming-uniform, as in its authors' code, not Gaussian.
+    """
+    chosen, notes = model.choose(target, ("q", "v"))
+    chosen = [name for name in chosen if not (name.endswith(".bias") and f"{name[:-5]}.weight" in chosen)]
+    rank, dora = settings["r"], settings["dora"]
+    if rank < 1:
+        raise UsageError(f"r must be at least 1, not {rank}")
+    new: list[New] = []
+    for name in chosen:
+        new += _factors(model, name, rank, dora)
+    heads, head = model.task_head(peft.PREFIX)
+    _refuse_heads(chosen, model, heads)
+    modules = [model.module(name) for name in chosen]
+    transposed = [name in model.transposed for name in chosen]
+    config = peft.lora_config(
+        r=rank, targets=peft.target_modules(modules, model.modules), ranks={}, base_name=None, task=model.task,
+        modules_to_save=heads, fan_in_fan_out=all(transposed), dora=dora,
+    )  # fmt: skip
+    config |= {
+        "lora_alpha": rank if settings["alpha"] is None else settings["alpha"],
+        "use_rslora": settings["rslora"], "inference_mode": False,
+    }  # fmt: skip
+    return Addition(tuple(new), "peft", config, head=head, chosen=tuple(chosen), notes=notes)
+
+
+def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
+    model.check_adaptable(name)
+    shape, key = model.specs[name].shape, f"{peft.PREFIX}{model.module(name)}"
+    model.name(name)
+    if len(shape) < 2:
+        raise MismatchError(f"is {len(shape)}-D: LoRA factors matrices", tensor=name, mend="choose 2-D weights")
+    if model.roles[name] == "embedding":
+        _check_rank(name, rank, shape[0], shape[1])
+        if dora:
+            raise MismatchError("is an embedding: DoRA is for linear weights", tensor=name, mend="leave it out")
+        return [
+            New(f"{key}.lora_embedding_A", (rank, shape[0]), ZEROS),
+            New(f"{key}.lora_embedding_B", (shape[1], rank), Normal(1.0)),
+        ]
+    if len(shape) > 2:
+        return _convolution(name, shape, key, rank, dora)
+    out, into = model.sides(name)
+    _check_rank(name, rank, out, into)
+    new = [
+        New(f"{key}.lora_A.weight", (rank, into), kaiming_uniform(into)),
+        New(f"{key}.lora_B.weight", (out, rank), ZEROS),
+    ]
+    if dora:
+        new.append(New(f"{key}.lora_magnitude_vector", (out,), Norms(name, name in model.transposed)))
+    return new
+
+
+def _convolution(name: str, shape: tuple[int, ...], key: str, rank: int, dora: bool) -> list[New]:
+    out, into, *kernel = shape
+    if dora or (into == 1 and out > 1):
+        what = "DoRA is for linear weights" if dora else "a depthwise convolution has no low rank"
+        raise MismatchError(f"is a convolution: {what}", tensor=name, mend="leave it out")
+    fan_in = into
+    for size in kernel:
+        fan_in *= size
+    _check_rank(name, rank, out, fan_in)
+    return [
+        New(f"{key}.lora_A.weight", (rank, into, *kernel), kaiming_uniform(fan_in)),
+        New(f"{key}.lora_B.weight", (out, rank, *(1 for _ in kernel)), ZEROS),
+    ]
+
+
+def _check_rank(name: str, rank: int, out: int, into: int) -> None:
+    if rank > min(out, into):
+        raise MismatchError(
+            f"rank {rank} is larger than the matrix, {out}×{into}", tensor=name, mend=f"-p r={min(out, into)} at most"
+        )
+
+
+def _refuse_heads(chosen: Sequence[str], model: Model, heads: Sequence[str]) -> None:
+    for name in chosen:
+        if any(f"{model.module(name)}.".startswith(f"{head}.") for head in heads):
+            raise MismatchError("belongs to the task's head, which PEFT trains whole", tensor=name, mend="leave it out")
