@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError
     from surgery.operations.convert import convert
     from surgery.operations.diff import diff
+    from surgery.operations.extract_delta import extract_delta
     from surgery.operations.extract_lora import extract_lora
     from surgery.operations.info import info
     from surgery.operations.merge import merge
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "extract_delta",
     "extract_lora",
     "info",
     "merge",
@@ -58,6 +60,7 @@ _HOMES = {
     "SurgeryError": ("surgery.errors", "SurgeryError"),
     "convert": ("surgery.operations.convert", "convert"),
     "diff": ("surgery.operations.diff", "diff"),
+    "extract_delta": ("surgery.operations.extract_delta", "extract_delta"),
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),
     "info": ("surgery.operations.info", "info"),
     "merge": ("surgery.operations.merge", "merge"),

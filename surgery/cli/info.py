@@ -21,6 +21,7 @@ def command(checkpoint: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     \b
       surgery info ./Qwen2.5-1.5B
       surgery info model.safetensors --tensors
+      surgery info task.delta                     base, task, bytes, and how each kind of tensor is kept
     """
     found = info(checkpoint)
     if as_json:
