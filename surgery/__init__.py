@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from surgery.operations.add import add
     from surgery.operations.convert import convert
     from surgery.operations.diff import diff
+    from surgery.operations.extract_delta import extract_delta
     from surgery.operations.extract_lora import extract_lora
     from surgery.operations.info import info
     from surgery.operations.merge import merge
@@ -43,6 +44,7 @@ __all__ = [
     "add",
     "convert",
     "diff",
+    "extract_delta",
     "extract_lora",
     "info",
     "merge",
@@ -61,6 +63,7 @@ _HOMES = {
     "add": ("surgery.operations.add", "add"),
     "convert": ("surgery.operations.convert", "convert"),
     "diff": ("surgery.operations.diff", "diff"),
+    "extract_delta": ("surgery.operations.extract_delta", "extract_delta"),
     "extract_lora": ("surgery.operations.extract_lora", "extract_lora"),
     "info": ("surgery.operations.info", "info"),
     "merge": ("surgery.operations.merge", "merge"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
+from surgery.formats.delta_manifest import MANIFEST
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
@@ -353,6 +354,9 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
         return Checkpoint(tensors, label="(in memory)", notes=notes)
     _require_path(source)
     stored = local.open_weights(source, follow_links=follow_links)
+    if MANIFEST in stored.tensors:
+        mend = "surgery merge BASE DELTA restores the fine-tune that it was made from"
+        raise UsageError("is an exact delta, not a checkpoint", file=stored.path, mend=mend)
     whole = stored.path.is_dir()
     return Checkpoint(
         stored.tensors,

@@ -157,6 +157,48 @@ class Renamed:
         self.source.read_into(start, stop, out)
 
 
+@dataclass(frozen=True, slots=True)
+class AnyRange:
+    """Another tensor, readable at any element: what was not asked for of a unit is made and thrown away."""
+
+    source: LazyTensor
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The source's spec."""
+        return self.source.spec
+
+    @property
+    def unit(self) -> int:
+        """One element."""
+        return 1
+
+    @property
+    def scratch(self) -> int:
+        """The source's scratch and the range in whole units."""
+        return self.source.scratch + 1
+
+    @property
+    def resident(self) -> int:
+        """The source's resident bytes, and the parts of units at both ends."""
+        return self.source.resident + 2 * self.source.unit * BITS[self.spec.dtype] // 8
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read the range in whole units, and cut it."""
+        unit = self.source.unit
+        first, last = start // unit * unit, min(-(-stop // unit) * unit, self.spec.numel)
+        if (first, last) == (start, stop):
+            self.source.read_into(start, stop, out)
+            return
+        low, high = byte_range(self.spec, start - first, stop - first)
+        out[:] = memoryview(read_bytes(self.source, first, last))[low:high]
+
+
+def any_range(tensor: LazyTensor) -> LazyTensor:
+    """Make a tensor readable at any element (itself, if it is)."""
+    return tensor if tensor.unit == 1 else AnyRange(tensor)
+
+
 def renamed(tensor: LazyTensor, name: str) -> LazyTensor:
     """Give ``tensor`` another name (itself, if it has that name)."""
     if tensor.spec.name == name:

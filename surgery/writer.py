@@ -56,6 +56,7 @@ class Publication:
         inputs: Iterable[Path] = (),
         digest: str | None = None,
         restart: bool = False,
+        single: bool | None = None,
     ) -> None:
         """Check that ``out`` may be written.
 
@@ -65,6 +66,7 @@ class Publication:
             inputs: resolved files and folders that must not be touched.
             digest: of the run; one that was broken off with the same digest is continued.
             restart: begin anew in any case.
+            single: whether it is one file, where its name does not say so.
 
         Raises:
             UsageError: an empty path.
@@ -78,7 +80,7 @@ class Publication:
             raise UsageError("there is no such home", file=text)
         if not self.out.name:
             raise OutputError("a whole file system cannot be an output", file=text)
-        self.single = is_one_file(text)
+        self.single = is_one_file(text) if single is None else single
         self.staging = self.out.with_name(f".{self.out.name}.surgery-tmp")
         self._old = self.out.with_name(f".{self.out.name}.surgery-old")
         self._lock = Lock(self.out.with_name(f".{self.out.name}.surgery-lock"), text)

@@ -20,13 +20,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merged",),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
-    ("checkpoint", "history", "adapter"),
+    ("checkpoint", "history", "adapter", "exact"),
     ("operations",),
     ("cli",),
 )
 TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
-HEADER_ONLY_OPERATIONS = {"info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods"}
+HEADER_ONLY_OPERATIONS = {
+    "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "extract_delta", "merge_delta",
+    "delta_report",
+}  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 
 ORDER = {room: (number, place) for number, layer in enumerate(LAYERS) for place, room in enumerate(layer)}

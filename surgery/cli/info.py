@@ -23,6 +23,7 @@ def command(checkpoint: str, tensors: bool, roles: bool, as_json: bool, quiet: b
       surgery info ./Qwen2.5-1.5B
       surgery info model.safetensors --tensors
       surgery info ./Qwen2.5-1.5B --roles
+      surgery info task.delta                     base, task, bytes, and how each kind of tensor is kept
     """
     found = info(checkpoint)
     if as_json:

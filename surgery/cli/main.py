@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "Show what a checkpoint holds, from its headers alone.",
     "diff": "Compare two checkpoints, and say how to ship the change.",
     "extract-lora": "Extract a LoRA adapter from a fine-tune and its base.",
+    "extract-delta": "Keep a fine-tune as what differs from its base, exactly.",
     "spectrum": "Show the singular values of a fine-tune's changes.",
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
@@ -28,7 +29,7 @@ COMMANDS = {
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
-    "verify": "Check a checkpoint or adapter against its own record, or a server.",
+    "verify": "Check a checkpoint, adapter or delta against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
 

@@ -9,7 +9,7 @@ from surgery.formats.servers import SERVERS
 from surgery.operations.verify import verify
 
 
-@click.command("verify", short_help="Check a checkpoint or adapter against its own record, or a server.")
+@click.command("verify", short_help="Check a checkpoint, adapter or delta against its own record, or a server.")
 @click.argument("path", type=click.Path())
 @click.option("--for", "servers", multiple=True, type=click.Choice([*SERVERS, "all"]),
               help="Say whether an adapter loads in a server, why not, and how to mend it; repeatable.")  # fmt: skip
@@ -29,7 +29,7 @@ def command(
     quiet: bool,
     progress: str,
 ) -> None:
-    """Check PATH, a checkpoint or an adapter: headers, index, configuration, and every tensor's fingerprint.
+    """Check PATH, a checkpoint, an adapter or an exact delta: headers, index, configuration, and every tensor's fingerprint.
 
     \b
       surgery verify merged                        every byte is what was recorded

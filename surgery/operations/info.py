@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.checkpoint import Checkpoint, Source, open_checkpoint
+from surgery.exact import Delta, is_delta, open_delta
+from surgery.operations.delta_report import DeltaInfo, describe
 from surgery.report import Table, join_shown
 from surgery.roles import layer_of, role_of
 from surgery.tensor import TensorSpec, human_bytes, human_count
@@ -136,8 +138,8 @@ def _shapes(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(shapes[:3]) + (" …" if len(shapes) > 3 else "")
 
 
-def info(source: Source) -> Info:
-    """Describe a checkpoint from its headers and configuration; no tensor is read.
+def info(source: Source | Delta) -> Info | DeltaInfo:
+    """Describe a checkpoint from its headers and configuration, or an exact delta from its manifest; no tensor is read.
 
     Args:
         source: a folder, a file, or a state dict.
@@ -146,6 +148,9 @@ def info(source: Source) -> Info:
     >>> info({"q_proj.weight": numpy.zeros((4, 4), "float32")}).parameters
     16
     """
+    if is_delta(source):
+        return describe(open_delta(source))
+    assert not isinstance(source, Delta)  # all of them went the other way
     checkpoint = open_checkpoint(source)
     files: dict[str, int] = {}
     for shard in checkpoint.shards.values():

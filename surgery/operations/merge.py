@@ -17,7 +17,9 @@ from surgery.algorithms.registry import PAPER, Algorithm, find
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic, work_of
 from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
+from surgery.exact import Delta, is_delta
 from surgery.history import History, history_of
+from surgery.operations.merge_delta import merge_delta
 from surgery.operations.merge_models import Missing, Value, merge_models
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
@@ -26,7 +28,7 @@ AdapterSource = str | os.PathLike[str] | Adapter
 
 def merge(
     base: Source,
-    *others: Source | AdapterSource,
+    *others: Source | AdapterSource | Delta,
     algorithm: str | Algorithm | None = None,
     coeff: Value | None = None,
     name_map: Mapping[str, str] | None = None,
@@ -38,6 +40,7 @@ def merge(
     compat: str = PAPER,
     seed: int = 0,
     missing: Missing = "refuse",
+    reverse: bool = False,
     **parameters: Value,
 ) -> Checkpoint:
     r"""Merge adapters into a base, or models by an algorithm.
@@ -49,9 +52,13 @@ def merge(
     tensors that an adapter stores in full. Sums are taken in float64 and rounded once to the weight's own dtype;
     untouched tensors, and full replacements with ``c = 1``, are copied as bytes.
 
+    *With an exact delta* (:func:`surgery.extract_delta`) the fine-tune that it was made from is restored, bit for bit; a wrong
+    base is refused by tensor. With ``reverse`` the base is restored from the fine-tune.
+
     Args:
         base: the checkpoint to merge into.
-        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects;
+        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or one
+            exact delta, a file or :func:`surgery.extract_delta`'s;
             with an algorithm also models.
         algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
         coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
@@ -65,6 +72,7 @@ def merge(
         compat: with an algorithm: ``"paper"``, or ``"mergekit"`` for mergekit 0.1.5's semantics where they differ.
         seed: with an algorithm: keys random draws.
         missing: with an algorithm: ``"refuse"`` a tensor that some input lacks, or ``"copy"`` it.
+        reverse: with an exact delta: ``base`` is the fine-tune, and the base is restored.
         **parameters: with an algorithm: its own (``density``, ``t`` …), given as ``coeff`` is.
 
     Returns:
@@ -84,22 +92,29 @@ def merge(
     >>> merge({"w": torch.zeros(2)}, {"w": torch.ones(2)}, algorithm="task_arithmetic", coeff=0.5)["w"].tolist()
     [0.5, 0.5]
     """
+    for source in others:
+        if is_delta(source):
+            _refuse_beside_delta(source, len(others), algorithm, coeff, parameters, allow_base_mismatch, name_map)
+            return merge_delta(base, source, reverse=reverse)
+    sources = [source for source in others if not isinstance(source, Delta)]
+    if reverse:
+        raise UsageError("the way back is one of an exact delta", mend="take adapters out with unmerge")
     if algorithm is not None:
         row = find(algorithm) if isinstance(algorithm, str) else algorithm
         own = row.base == "required" if with_base is None else with_base
         return merge_models(
-            others if own else (base, *others), algorithm=row, base=base if own else None,
+            sources if own else (base, *sources), algorithm=row, base=base if own else None,
             parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
             dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
     if parameters or dtype or with_base is not None:
         given = next(iter(parameters), "dtype" if dtype else "with_base")
         raise UsageError(f"{given} belongs to an algorithm: name one, as algorithm='ties'")
-    coeffs = spread(1.0 if coeff is None else coeff, len(others))
-    for source in others:
+    coeffs = spread(1.0 if coeff is None else coeff, len(sources))
+    for source in sources:
         _refuse_checkpoint(source)
     checkpoint = open_checkpoint(base)
-    opened = [open_adapter(source) for source in others if not isinstance(source, Mapping)]
+    opened = [open_adapter(source) for source in sources if not isinstance(source, Mapping)]
     bindings = [
         bind(adapter, checkpoint, coeff=c, name_map=name_map, allow_incomplete=allow_incomplete)
         for adapter, c in zip(opened, coeffs, strict=True)
@@ -163,6 +178,32 @@ def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
         tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
         notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}, work=work_of([base]) if stored else None),
     )  # fmt: skip
+
+
+def _refuse_beside_delta(
+    delta: str | os.PathLike[str] | Delta, count: int, algorithm: object, coeff: Value | None,
+    parameters: Mapping[str, Value], allow_base_mismatch: bool, name_map: object,
+) -> None:  # fmt: skip
+    """Refuse what means nothing for an exact delta.
+
+    Raises:
+        UsageError: something was asked for that does.
+    """
+    what = None
+    if algorithm is not None or parameters:
+        what = "it is merged by no algorithm"
+    elif coeff is not None and coeff not in (1, [1]):
+        what = "its coefficient is 1: it holds bits, not numbers to scale"
+    elif allow_base_mismatch:
+        what = "its codes mean nothing on another base, so --allow-base-mismatch does not apply"
+    elif name_map is not None:
+        what = "it knows its tensors' names, so a name map does not apply"
+    elif count > 1:
+        what = "it is merged alone"
+    if what is not None:
+        name = delta.label if isinstance(delta, Delta) else os.fspath(delta)
+        mend = "restore the fine-tune first, and merge that" if count > 1 or algorithm else None
+        raise UsageError(f"is an exact delta: {what}", file=name, mend=mend)
 
 
 def spread(coeff: Value, count: int) -> list[float]:

@@ -12,8 +12,10 @@ from typing import Any, overload
 from surgery import provenance
 from surgery.checkpoint import Source, default_jobs
 from surgery.errors import FormatError, UsageError, VerificationError
+from surgery.exact import Delta, is_delta, open_delta, read_block
 from surgery.execute import Progress, Silent
 from surgery.formats import peft
+from surgery.formats.delta_manifest import Coded
 from surgery.history import read_record
 from surgery.operations.verify_serving import Serving, verify_serving
 from surgery.report import Table, join_shown
@@ -80,7 +82,7 @@ def verify(
     returned, and :meth:`Serving.require` raises where it is no.
 
     Args:
-        path: a checkpoint or an adapter.
+        path: a checkpoint, an adapter or an exact delta.
         server: ``peft``, ``vllm``, ``sglang``, ``llamacpp``, several of them, or ``all``.
         base: the adapter's base, to hold names and shapes against; with ``server`` only.
         max_rank: the ``--max-lora-rank`` that the server is started with; with ``server`` only.
@@ -97,6 +99,8 @@ def verify(
     if base is not None or max_rank is not None:
         raise UsageError("a base or a largest rank says nothing without a server", mend="--for vllm")
     real = local.resolve(path)
+    if is_delta(real):
+        return _verify_delta(open_delta(real), jobs or default_jobs(), progress or Silent())
     adapter = real.is_dir() and (real / peft.CONFIG).exists()
     stored = local.open_weights(real, adapter=adapter)
     checks = [
@@ -117,6 +121,38 @@ def verify(
         _check_fingerprints(real, stored.tensors, record, jobs or default_jobs(), progress or Silent())
         checks.append(("fingerprints", f"all {len(record['tensors']):,} as recorded by {record.get('made_by')}"))
     return Verification(stored.label, tuple(checks), tuple(notes))
+
+
+def _verify_delta(delta: Delta, jobs: int, progress: Progress) -> Verification:
+    """Hold every coded block against its digest; opening has done so with the manifest that names them."""
+    items, offset = [], 0
+    for (name, _), blocks in delta.manifest.runs():
+        for block in blocks:
+            items.append((name, offset, block))
+            offset += block.size
+
+    def check(item: tuple[str, int, Coded]) -> int:
+        name, offset, block = item
+        try:
+            read_block(delta.data, offset, block)
+        except VerificationError as error:
+            raise error.at(file=delta.label, tensor=name) from None
+        return block.size
+
+    progress.start(delta.manifest.data_bytes)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool:
+        try:
+            for done in pool.map(check, items):
+                progress.advance(done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            progress.finish()
+    manifest = delta.manifest
+    checks = (
+        ("exact delta", f"{manifest.base.name} → {manifest.task.name}, {len(manifest.changes):,} tensors"),
+        ("coded blocks", f"all {len(items):,} as recorded, {human_bytes(manifest.data_bytes)}"),
+    )
+    return Verification(delta.label, checks)
 
 
 def _size(tensors: dict[str, LazyTensor]) -> int:
