@@ -6,7 +6,8 @@ import click
 
 from surgery.cli import options, terminal
 from surgery.errors import UsageError, printable
-from surgery.operations.add import add, stem_of
+from surgery.operations.add import add
+from surgery.sources.local import stem_of
 from surgery.tensor import human_bytes
 
 

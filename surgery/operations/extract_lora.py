@@ -24,6 +24,7 @@ from surgery.formats import servers
 from surgery.names import align, parse_renames
 from surgery.operations.extraction_plan import Embeddings, Extraction, Settings, decide
 from surgery.operations.rank_rule import RankRule, parse_rule
+from surgery.sources.local import stem_of
 from surgery.sources.module_names import module_names
 from surgery.tensor import renamed
 
@@ -199,8 +200,3 @@ def _device(name: str) -> str:
 def default_output(tuned: str | os.PathLike[str], rule: RankRule) -> str:
     """Name the default output: ``./<ft>-lora-r8``."""
     return f"./{stem_of(tuned)}-lora-{rule.slug}"
-
-
-def stem_of(source: str | os.PathLike[str]) -> str:
-    """Name a checkpoint by its folder, or by its file without the ending."""
-    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")

@@ -13,10 +13,11 @@ from surgery import execute
 from surgery.adapter import Adapter
 from surgery.checkpoint import Source, open_checkpoint
 from surgery.errors import SurgeryError, UsageError
-from surgery.operations.extract_lora import plan_extraction, stem_of
+from surgery.operations.extract_lora import plan_extraction
 from surgery.operations.extraction_measure import Measurement, in_parallel, largest_first
 from surgery.operations.extraction_run import compose
 from surgery.provenance import Held
+from surgery.sources.local import stem_of
 
 
 @dataclass

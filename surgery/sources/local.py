@@ -114,6 +114,11 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path.parent)) / path.name
 
 
+def stem_of(source: str | os.PathLike[str]) -> str:
+    """Name a checkpoint by its folder, or by its file without the ending."""
+    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")
+
+
 def _label(ref: str | os.PathLike[str], path: Path) -> str:
     """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
     cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
