@@ -6,7 +6,7 @@ import click
 
 from surgery.cli import options, terminal
 from surgery.errors import printable
-from surgery.operations.info import info
+from surgery.operations.info import Info, info
 
 
 @click.command("info", short_help="Show what a checkpoint holds, from its headers alone.")
@@ -35,5 +35,9 @@ def command(checkpoint: str, tensors: bool, roles: bool, as_json: bool, quiet: b
     click.echo(printable(found.label))
     terminal.facts(found.facts())
     click.echo()
-    terminal.table(found.all_tensors() if tensors else found.by_layout() if roles else found.by_role())
-    terminal.notes([*found.notes, *(found.unknown() if roles else [])])
+    if roles and isinstance(found, Info):
+        terminal.table(found.by_layout())
+        terminal.notes([*found.notes, *found.unknown()])
+        return
+    terminal.table(found.all_tensors() if tensors else found.by_role())
+    terminal.notes(found.notes)
