@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench bench-extract clean
+.PHONY: demo test check format oracle bench bench-extract bench-deltas clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -64,6 +64,9 @@ bench: $(VENV)/test
 
 bench-extract: $(VENV)/test $(VENV)/mergekit
 	@$(BIN)/python -m bench.extract --mergekit $(VENV)-mergekit/bin/python
+
+bench-deltas: $(VENV)/test
+	@$(BIN)/python -m bench.deltas
 
 clean:
 	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -20,6 +20,7 @@ from safetensors.torch import save_file as save_torch
 
 import surgery
 from fixtures import real_pair
+from surgery.cli.main import main
 from surgery.errors import FormatError, MismatchError, OutputError, SurgeryError, UsageError
 from surgery.exact import open_delta
 from surgery.formats.delta_codec import CODINGS, RAW, Block, decode, decode_raw, encode
@@ -389,6 +390,50 @@ def test_many_fine_tunes_are_stored_beside_each_other(pair, tmp_path):
         extract_deltas(pair / "base", [pair / "ft"], tmp_path / "store")
     with pytest.raises(UsageError, match="ends in"):
         single.save(tmp_path / "task.safetensors")
+
+
+# --- the command line
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code, capsys.readouterr()
+
+
+def test_the_commands_extract_describe_verify_and_restore(pair, tmp_path, capsys):
+    delta, out = tmp_path / "task.delta", tmp_path / "out"
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", "-o", delta, "--reversible")
+    assert code == 0
+    assert "bits a weight" in said.out
+    assert delta.read_bytes() == (pair / "task.delta").read_bytes()
+    code, said = run(capsys, "info", delta, "--json")
+    facts = json.loads(said.out)
+    assert (facts["base"], facts["task"], facts["reversible"]) == ("base", "ft", True)
+    assert facts["kinds"]["q"]["tensors"] == {"sorted": 1}
+    assert facts["bytes"] == delta.stat().st_size
+    code, said = run(capsys, "info", delta)
+    assert "base → ft" in said.out
+    assert "old.head" in said.err
+    code, said = run(capsys, "verify", delta)
+    assert (code, "coded blocks" in said.out) == (0, True)
+    code, said = run(capsys, "merge", pair / "base", delta, "-o", out)
+    assert (code, "restored" in said.out) == (0, True)
+    assert_same_files(out / "model.safetensors", pair / "ft" / "model.safetensors")
+    code, said = run(capsys, "merge", pair / "ft", delta, "--reverse", "-o", out, "--overwrite")
+    assert_same_files(out / "model.safetensors", pair / "base" / "model.safetensors")
+
+
+def test_the_commands_refuse_in_one_line(pair, tmp_path, capsys):
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", "-o", pair / "task.delta")
+    assert (code, said.err.count("\n")) == (7, 1)
+    code, said = run(capsys, "merge", pair / "ft", pair / "task.delta", "-o", tmp_path / "out")
+    assert (code, said.err.count("\n")) == (4, 1)
+    code, said = run(capsys, "merge", pair / "base", pair / "task.delta", "--coeff", "0.5", "-o", tmp_path / "out")
+    assert (code, said.err.count("\n")) == (2, 1)
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", pair / "ft")
+    assert (code, "a folder for their deltas" in said.err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 # --- damage
