@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -23,6 +24,7 @@ from fixtures import real_pair
 from surgery.cli.main import main
 from surgery.errors import FormatError, MismatchError, OutputError, SurgeryError, UsageError
 from surgery.exact import open_delta
+from surgery.formats import delta_manifest
 from surgery.formats.delta_codec import CODINGS, RAW, Block, decode, decode_raw, encode
 from surgery.operations.extract_delta import extract_deltas
 from surgery.tensor import BITS, BytesTensor, TensorSpec, read_bytes
@@ -266,8 +268,6 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(pair, tmp_path):
 def test_the_file_is_what_its_document_says(pair):
     tensors = load_file(pair / "task.delta")
     assert set(tensors) == {"surgery.delta.manifest", "surgery.delta.data"}
-    import zstandard
-
     manifest = json.loads(zstandard.decompress(tensors["surgery.delta.manifest"].numpy().tobytes()))
     assert manifest["schema"] == "surgery-delta/1"
     sizes = [size for entry in manifest["task_tensors"].values() for _, size, _ in entry.get("blocks", [])]
@@ -464,3 +464,32 @@ def test_a_truncated_delta_is_refused(pair, tmp_path):
     (tmp_path / "short.delta").write_bytes((pair / "task.delta").read_bytes()[:-1])
     with pytest.raises(FormatError):
         open_delta(tmp_path / "short.delta")
+
+
+def test_malformed_manifests_end_in_our_errors(pair, tmp_path):
+    tensors = load_file(pair / "task.delta")
+    manifest = json.loads(zstandard.decompress(tensors["surgery.delta.manifest"].numpy().tobytes()))
+    data = tensors["surgery.delta.data"].numpy().tobytes()
+    draw = random.Random(0)
+    wrong = [None, True, -1, 0, 1 << 70, 1.5, "", "x", "\ud800", "raw", "sorted", "F64", [], [1], {}, {"a": 1}]
+    refused = 0
+    for number in range(600):
+        changed = json.loads(json.dumps(manifest))
+        place = changed
+        while isinstance(place, dict | list) and place:
+            parent, key = place, draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            place = place[key]
+            if draw.random() < 0.3:
+                break
+        parent[key] = draw.choice(wrong)
+        if number % 5 == 0:
+            del parent[key]
+        packed = delta_manifest.compress(json.dumps(changed).encode())
+        (tmp_path / "bad.delta").write_bytes(delta_manifest.container(packed, len(data)) + packed + data)
+        try:
+            delta = open_delta(tmp_path / "bad.delta")
+            surgery.info(delta)
+            restore_both(pair, delta)
+        except SurgeryError:
+            refused += 1
+    assert refused > 400  # a name or a configuration may be anything
