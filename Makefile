@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench bench-extract bench-merge clean
+.PHONY: demo test check format oracle bench bench-extract bench-merge bench-deltas clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -68,6 +68,9 @@ bench-extract: $(VENV)/test $(VENV)/mergekit
 
 bench-merge: $(VENV)/test $(VENV)/mergekit
 	@$(BIN)/python -m bench.models --mergekit $(VENV)-mergekit/bin/python
+
+bench-deltas: $(VENV)/test
+	@$(BIN)/python -m bench.deltas
 
 clean:
 	rm -rf $(VENV) $(VENV)-mergekit .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -20,8 +21,10 @@ from safetensors.torch import save_file as save_torch
 
 import surgery
 from fixtures import real_pair
+from surgery.cli.main import main
 from surgery.errors import FormatError, MismatchError, OutputError, SurgeryError, UsageError
 from surgery.exact import open_delta
+from surgery.formats import delta_manifest
 from surgery.formats.delta_codec import CODINGS, RAW, Block, decode, decode_raw, encode
 from surgery.operations.extract_delta import extract_deltas
 from surgery.tensor import BITS, BytesTensor, TensorSpec, read_bytes
@@ -265,8 +268,6 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(pair, tmp_path):
 def test_the_file_is_what_its_document_says(pair):
     tensors = load_file(pair / "task.delta")
     assert set(tensors) == {"surgery.delta.manifest", "surgery.delta.data"}
-    import zstandard
-
     manifest = json.loads(zstandard.decompress(tensors["surgery.delta.manifest"].numpy().tobytes()))
     assert manifest["schema"] == "surgery-delta/1"
     sizes = [size for entry in manifest["task_tensors"].values() for _, size, _ in entry.get("blocks", [])]
@@ -391,6 +392,50 @@ def test_many_fine_tunes_are_stored_beside_each_other(pair, tmp_path):
         single.save(tmp_path / "task.safetensors")
 
 
+# --- the command line
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code, capsys.readouterr()
+
+
+def test_the_commands_extract_describe_verify_and_restore(pair, tmp_path, capsys):
+    delta, out = tmp_path / "task.delta", tmp_path / "out"
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", "-o", delta, "--reversible")
+    assert code == 0
+    assert "bits a weight" in said.out
+    assert delta.read_bytes() == (pair / "task.delta").read_bytes()
+    code, said = run(capsys, "info", delta, "--json")
+    facts = json.loads(said.out)
+    assert (facts["base"], facts["task"], facts["reversible"]) == ("base", "ft", True)
+    assert facts["kinds"]["q"]["tensors"] == {"sorted": 1}
+    assert facts["bytes"] == delta.stat().st_size
+    code, said = run(capsys, "info", delta)
+    assert "base → ft" in said.out
+    assert "old.head" in said.err
+    code, said = run(capsys, "verify", delta)
+    assert (code, "coded blocks" in said.out) == (0, True)
+    code, said = run(capsys, "merge", pair / "base", delta, "-o", out)
+    assert (code, "restored" in said.out) == (0, True)
+    assert_same_files(out / "model.safetensors", pair / "ft" / "model.safetensors")
+    code, said = run(capsys, "merge", pair / "ft", delta, "--reverse", "-o", out, "--overwrite")
+    assert_same_files(out / "model.safetensors", pair / "base" / "model.safetensors")
+
+
+def test_the_commands_refuse_in_one_line(pair, tmp_path, capsys):
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", "-o", pair / "task.delta")
+    assert (code, said.err.count("\n")) == (7, 1)
+    code, said = run(capsys, "merge", pair / "ft", pair / "task.delta", "-o", tmp_path / "out")
+    assert (code, said.err.count("\n")) == (4, 1)
+    code, said = run(capsys, "merge", pair / "base", pair / "task.delta", "--coeff", "0.5", "-o", tmp_path / "out")
+    assert (code, said.err.count("\n")) == (2, 1)
+    code, said = run(capsys, "extract-delta", pair / "base", pair / "ft", pair / "ft")
+    assert (code, "a folder for their deltas" in said.err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 # --- damage
 
 
@@ -419,3 +464,32 @@ def test_a_truncated_delta_is_refused(pair, tmp_path):
     (tmp_path / "short.delta").write_bytes((pair / "task.delta").read_bytes()[:-1])
     with pytest.raises(FormatError):
         open_delta(tmp_path / "short.delta")
+
+
+def test_malformed_manifests_end_in_our_errors(pair, tmp_path):
+    tensors = load_file(pair / "task.delta")
+    manifest = json.loads(zstandard.decompress(tensors["surgery.delta.manifest"].numpy().tobytes()))
+    data = tensors["surgery.delta.data"].numpy().tobytes()
+    draw = random.Random(0)
+    wrong = [None, True, -1, 0, 1 << 70, 1.5, "", "x", "\ud800", "raw", "sorted", "F64", [], [1], {}, {"a": 1}]
+    refused = 0
+    for number in range(600):
+        changed = json.loads(json.dumps(manifest))
+        place = changed
+        while isinstance(place, dict | list) and place:
+            parent, key = place, draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            place = place[key]
+            if draw.random() < 0.3:
+                break
+        parent[key] = draw.choice(wrong)
+        if number % 5 == 0:
+            del parent[key]
+        packed = delta_manifest.compress(json.dumps(changed).encode())
+        (tmp_path / "bad.delta").write_bytes(delta_manifest.container(packed, len(data)) + packed + data)
+        try:
+            delta = open_delta(tmp_path / "bad.delta")
+            surgery.info(delta)
+            restore_both(pair, delta)
+        except SurgeryError:
+            refused += 1
+    assert refused > 400  # a name or a configuration may be anything

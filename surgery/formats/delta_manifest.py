@@ -195,7 +195,7 @@ def _parse_side(document: Mapping[str, Any], key: str) -> tuple[str, str | None]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise FormatError(f"the delta's manifest does not name its {key}")
     config = value.get("config")
-    if config is not None and not isinstance(config, str):
+    if config is not None and not (isinstance(config, str) and config == config.encode(errors="replace").decode()):
         raise FormatError(f"the delta's manifest has no text for the configuration of its {key}")
     return value["name"], config
 
