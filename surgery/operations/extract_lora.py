@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from surgery.formats import servers
 from surgery.names import align, parse_renames
 from surgery.operations.extraction_plan import Embeddings, Extraction, Settings, decide
 from surgery.operations.rank_rule import RankRule, parse_rule
+from surgery.sources import local
 from surgery.sources.module_names import module_names
 from surgery.tensor import renamed
 
@@ -202,5 +204,7 @@ def default_output(tuned: str | os.PathLike[str], rule: RankRule) -> str:
 
 
 def stem_of(source: str | os.PathLike[str]) -> str:
-    """Name a checkpoint by its folder, or by its file without the ending."""
-    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")
+    """Name a checkpoint by its folder, its repository in a Hugging Face cache, or its file without the ending."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    cached = local.cached_name(Path(os.path.realpath(path)))
+    return cached.rpartition("/")[2] if cached else path.name.removesuffix(".safetensors")

@@ -116,9 +116,17 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
 
 def _label(ref: str | os.PathLike[str], path: Path) -> str:
     """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
-    cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
-    name = cached[1].replace("--", "/") if cached else os.path.basename(os.path.abspath(os.path.expanduser(ref)))
-    return printable(name)
+    return printable(cached_name(path) or os.path.basename(os.path.abspath(os.path.expanduser(ref))))
+
+
+def cached_name(path: Path) -> str | None:
+    """Name the repository of a snapshot in a Hugging Face cache, ``org/name``; ``None`` for any other folder.
+
+    >>> cached_name(Path("/cache/models--org--name/snapshots/0123abc"))
+    'org/name'
+    """
+    found = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
+    return found[1].replace("--", "/") if found else None
 
 
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
