@@ -438,12 +438,23 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """
     modules = quantised_modules(checkpoint)
     for name in names:
-        spec = checkpoint.tensors[name].spec if name in checkpoint.tensors else None
-        found = modules.get(name.rpartition(".")[0]) or modules.get(name)
-        if found is None and spec and spec.dtype.startswith("F") and spec.dtype not in ARITHMETIC:
-            found = f"{spec.dtype} without scales"
-        if found:
+        if found := _scheme_of(checkpoint, modules, name):
             raise quantised_error(checkpoint, name, found)
+
+
+def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Map every tensor of a quantised module, and every weight of a dtype without arithmetic, to its scheme."""
+    modules = quantised_modules(checkpoint)
+    found = {name: _scheme_of(checkpoint, modules, name) for name in checkpoint.tensors}
+    return {name: what for name, what in found.items() if what}
+
+
+def _scheme_of(checkpoint: Checkpoint, modules: Mapping[str, str], name: str) -> str | None:
+    found = modules.get(name.rpartition(".")[0]) or modules.get(name)
+    spec = checkpoint.tensors[name].spec if name in checkpoint.tensors else None
+    if found is None and spec and spec.dtype.startswith("F") and spec.dtype not in ARITHMETIC:
+        return f"{spec.dtype} without scales"
+    return found
 
 
 def require_arithmetic(checkpoint: Checkpoint, names: Sequence[str]) -> None:

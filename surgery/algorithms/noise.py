@@ -24,8 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
-SPACING = {"BF16": (2.0**-7, 2.0**-126), "F16": (2.0**-10, 2.0**-14), "F32": (2.0**-23, 2.0**-126)}
-"""A dtype's spacing at 1, and its smallest normal number."""
+SPACING = {
+    "BF16": (2.0**-7, 2.0**-126), "F16": (2.0**-10, 2.0**-14), "F32": (2.0**-23, 2.0**-126),
+    "F64": (2.0**-52, 2.0**-400),
+}  # fmt: skip
+"""A dtype's spacing at 1, and its smallest normal number; float64's is far smaller, and its square would vanish."""
 _EXPONENT = 0x7FF0_0000_0000_0000
 FLUCTUATION = 6.0
 """Tracy–Widom units above the edge that noise is allowed: passed once in about 10⁵ matrices."""
@@ -52,6 +55,7 @@ class RoundingNoise:
 
     def __init__(self, shape: tuple[int, int], dtype: str) -> None:
         self.shape = shape
+        self.dtype = dtype
         self._spacing, self._smallest = SPACING[dtype]
         self._rows = torch.zeros(shape[0], dtype=torch.float64)
         self._columns = torch.zeros(shape[1], dtype=torch.float64)
@@ -132,6 +136,8 @@ def floor_rank(sigma: torch.Tensor, energy: float, noise: RoundingNoise) -> Floo
     FloorRank(rank=1, certain=True, why='')
     """
     m, n = noise.shape
+    if noise.dtype == "F64":
+        return FloorRank(len(sigma), certain=False, why="deltas are taken in float32, float64 rounds finer than that")
     edge = noise.edge
     rank = int((sigma > edge).sum())
     if rank == len(sigma) and rank < min(m, n):

@@ -9,9 +9,7 @@ import click
 from surgery.algorithms.registry import COMPAT, find
 from surgery.cli import options
 from surgery.cli.writing import write
-from surgery.errors import FormatError, UsageError
-from surgery.formats.safetensors import strict_object
-from surgery.sources import local
+from surgery.errors import UsageError
 
 
 @click.command("merge", short_help="Merge adapters into a base, or models by an algorithm.")
@@ -38,7 +36,7 @@ from surgery.sources import local
 @click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without.")
 @click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
               help="What to do with a tensor that some input lacks.")  # fmt: skip
-@click.option("--name-map", type=click.Path(), metavar="FILE", help="JSON: names in the adapter → names in the base.")
+@options.name_map
 @click.option(
     "--allow-base-mismatch", is_flag=True, help="Merge although an adapter was taken from another base, or is in there."
 )
@@ -55,7 +53,7 @@ from surgery.sources import local
 @options.common
 def command(
     base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
-    compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: str | None,
+    compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: dict[str, str] | None,
     allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
     max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
@@ -87,7 +85,7 @@ def command(
     from surgery.operations.merge import merge  # brings torch, which --help must not pay for
 
     merged = merge(
-        base, *others, algorithm=algorithm, name_map=_name_map(name_map),
+        base, *others, algorithm=algorithm, name_map=name_map,
         allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,
         with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse, **parameters,
     )  # fmt: skip
@@ -126,15 +124,3 @@ def _number(name: str, text: str) -> float | bool:
         return float(text)
     except ValueError:
         raise UsageError(f"{name} is a number, not {text!r}") from None
-
-
-def _name_map(path: str | None) -> dict[str, str] | None:
-    if path is None:
-        return None
-    try:
-        document = strict_object(local.read_small(local.resolve(path)))
-    except FormatError as error:
-        raise UsageError(f"--name-map: {error.what}", file=path) from None
-    if not all(isinstance(value, str) for value in document.values()):
-        raise UsageError("--name-map must be a JSON object of names", file=path)
-    return document

@@ -68,6 +68,9 @@ def extract_many(
         UsageError: two fine-tunes would have one output.
         SurgeryError: the base cannot be read.
     """
+    places = [os.path.realpath(source) for source in tuned]
+    if twice := next((source for source, place in zip(tuned, places, strict=True) if places.count(place) > 1), None):
+        raise UsageError("is named twice", file=twice)
     checkpoint = open_checkpoint(base)
     tasks = [_plan(checkpoint, source, Path(out), overwrite, {**options, "jobs": jobs}) for source in tuned]
     outputs = [task.outcome.out for task in tasks]

@@ -145,13 +145,16 @@ class Choice:
                 file=self.plan.tuned_label,
                 mend="raise --budget, or --exclude some",
             )
-        while room > 0:
-            ranks = self._parted(wholes, rule.choose(items, budget=room, energy=energy))
+        # The header grows with the number of tensors: the most room that leaves enough for it is looked for from above.
+        fits, too_much, trial = 0, room + 1, room
+        while too_much - fits > max(rule.budget // 1000, 16):
+            ranks = self._parted(wholes, rule.choose(items, budget=trial, energy=energy))
             over = self._bytes_at(groups, ranks) - rule.budget
-            if over <= 0:
-                return ranks
-            room -= over  # the header, which grows with the number of tensors
-        return [0] * len(spectra)
+            if over > 0:
+                too_much, trial = trial, max(trial - over, (fits + trial) // 2)
+            else:
+                fits, trial = trial, (trial + too_much) // 2
+        return self._parted(wholes, rule.choose(items, budget=fits, energy=energy))
 
     def _as_item(self, name: str) -> Spectrum:
         energy = self.found[name].row.energy

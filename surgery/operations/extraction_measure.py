@@ -23,7 +23,7 @@ from surgery.algorithms.lowrank import TruncatedSVD, component_products, truncat
 from surgery.algorithms.noise import RoundingNoise, floor_rank
 from surgery.checkpoint import Checkpoint
 from surgery.delta import Cast
-from surgery.errors import NumericError, SurgeryError
+from surgery.errors import NumericError, SurgeryError, UnsupportedError
 from surgery.formats import peft
 from surgery.operations.extraction_plan import Extraction
 from surgery.operations.extraction_report import Row
@@ -281,6 +281,8 @@ class Measurement:
 
     def _left_out(self, pair: Pair) -> Found:
         name, why = pair.spec.name, self.plan.left_out[pair.spec.name]
+        if name in self.plan.codes and name not in self.plan.unwanted:
+            return self._unchanged_codes(pair)
         if pair.spec.dtype in ARITHMETIC and pair.tuned.spec.dtype in ARITHMETIC:
             energy = pair.energy()
             if energy:
@@ -288,6 +290,17 @@ class Measurement:
         found = self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
         if found.prints[0] != found.prints[1] and pair.spec.dtype not in ARITHMETIC:
             found.note = f"differs but is {pair.spec.dtype}, so not in the adapter: {name}"
+        return found
+
+    def _unchanged_codes(self, pair: Pair) -> Found:
+        name = pair.spec.name
+        found = self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
+        if found.prints[0] != found.prints[1]:
+            raise UnsupportedError(
+                f"differs, and is quantised ({self.plan.codes[name]}): its codes are not numbers to compute with",
+                file=self.plan.tuned_label,
+                mend="dequantise both models first, or --exclude it",
+            )
         return found
 
 

@@ -14,8 +14,7 @@ from surgery.algorithms.lowrank import working_bytes
 from surgery.checkpoint import (
     Checkpoint,
     quantised_error,
-    quantised_modules,
-    refuse_quantised,
+    quantised_tensors,
     require_arithmetic,
     tied_weights,
 )
@@ -70,6 +69,8 @@ class Extraction:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     transposed: set[str] = field(default_factory=set)
+    codes: dict[str, str] = field(default_factory=dict)
+    """Tensors of quantised modules, and by what scheme: they may not differ."""
     unwanted: dict[str, str] = field(default_factory=dict)
     """Tensors that the caller left out, and by which option."""
     in_memory: dict[str, str] | None = None
@@ -187,14 +188,15 @@ def decide(
 
 
 def _refuse_codes(found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool) -> None:
-    """Refuse quantised weights, by name."""
+    """Refuse quantised weights, by name; those that look alike on both sides only once they turn out to differ."""
     for side, own in ((found.base, {n: n for n in found.base.tensors}), (after, names)):
-        codes = quantised_modules(side)
-        if codes and not targeted:
-            module = min(codes)
-            inside = [name for name in side.tensors if name.rpartition(".")[0] == module]
-            raise quantised_error(side, own.get(inside[0], inside[0]) if inside else module, codes[module])
-        refuse_quantised(side, [old for old, new in own.items() if new in found.tuned])
+        for name, what in quantised_tensors(side).items():
+            base_name = own.get(name, name)
+            paired = found.tuned.get(base_name)
+            if paired is not None and paired.spec == found.base.tensors[base_name].spec:
+                found.codes[base_name] = what
+            elif paired is not None or not targeted:
+                raise quantised_error(side, base_name, what)
 
 
 def _settle_ties(found: Extraction, after: Checkpoint) -> None:
@@ -236,6 +238,8 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
     for name, spec in specs.items():
         if name in found.unwanted:
             found.left_out[name] = found.unwanted[name]
+        elif name in found.codes:
+            found.left_out[name] = f"quantised ({found.codes[name]})"
         elif spec.shape != found.tuned[name].spec.shape:
             _sort_reshaped(found, name, spec)
         elif found.in_head(name):
@@ -294,7 +298,9 @@ def _refuse_nothing(found: Extraction, targeted: bool) -> None:
         )
     both = [*found.units, *found.embeddings, *found.full, *found.resized]
     if not both:
-        raise MismatchError("no tensor could be extracted", file=found.tuned_label)
+        name, why = next(((n, w) for n, w in found.left_out.items() if n not in found.unwanted), (None, ""))
+        reason = f"no tensor could be extracted{', this one because: ' if name else ''}{why}"
+        raise MismatchError(reason, file=found.tuned_label, tensor=name)
     for checkpoint in (found.base, Checkpoint(found.tuned, label=found.tuned_label)):
         require_arithmetic(checkpoint, both)
 

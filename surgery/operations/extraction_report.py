@@ -164,6 +164,7 @@ def bound(excess: float) -> str:
 def card(report: ExtractionReport, document: Mapping[str, Any], base_label: str, tuned_label: str) -> bytes:
     """Write the adapter's README: metadata, how good it is, and how to load it."""
     kept, following = report.kept_by_lora
+    more = "" if percent(following) == percent(kept) else f"; twice the rank would keep {percent(following)} or more"
     base = document["base_model_name_or_path"] or base_label
     is_id = base.count("/") == 1 and not base.startswith((".", "/"))
     metadata = [
@@ -183,7 +184,7 @@ Extracted with [surgery](https://pypi.org/project/checkpoint-surgery/) from the 
 
 {report.table().markdown()}
 
-The factored weights keep {percent(kept)} of their ‖Δ‖²; twice the rank would keep {percent(following)} or more. Each error is
+The factored weights keep {percent(kept)} of their ‖Δ‖²{more}. Each error is
 within {bound(report.excess)} of the best possible at its rank. Errors are of the values as stored, read back from the file.
 
 ```python
@@ -211,7 +212,5 @@ def summary(report: ExtractionReport) -> str:
         head, twice = f"rank {ranks[0]} keeps", f"{2 * ranks[0]}"
     else:
         head, twice = "these ranks keep", "twice as many"
-    return (
-        f"{head} {percent(kept)} of the factored weights' ‖Δ‖²; {twice} would keep {percent(following)} or more\n"
-        f"every error is {proof}"
-    )
+    more = "" if percent(following) == percent(kept) else f"; {twice} would keep {percent(following)} or more"
+    return f"{head} {percent(kept)} of the factored weights' ‖Δ‖²{more}\nevery error is {proof}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from surgery import execute, provenance
@@ -17,9 +18,13 @@ from surgery.adapter import Adapter
 from surgery.errors import MismatchError
 from surgery.operations.extraction_choice import Choice
 from surgery.operations.extraction_layout import Layout
-from surgery.operations.extraction_measure import Measurement, in_parallel, largest_first
+from surgery.operations.extraction_measure import Found, Measurement, in_parallel, largest_first
 from surgery.operations.extraction_plan import Extraction
 from surgery.operations.extraction_report import ExtractionReport, card
+from surgery.report import join_shown
+
+REACHED = 1e-3
+"""Relative distance from the error asked for that counts as having reached it."""
 
 
 def run_extraction(plan: Extraction, progress: execute.Progress) -> Adapter:
@@ -49,7 +54,7 @@ def compose(measured: Measurement) -> Adapter:
     found = measured.found
     plan.notes.extend(one.note for one in found.values() if one.note)
     if not plan.resized and not any(one.row.energy for one in found.values()):
-        raise MismatchError(f"no differences: all {len(found)} compared tensors are equal", file=plan.tuned_label)
+        raise _nothing_to_extract(plan, found)
     choice = Choice(measured)
     ranks = choice.ranks()
     layout = Layout(measured, ranks, choice.whole)
@@ -57,6 +62,9 @@ def compose(measured: Measurement) -> Adapter:
     rows = tuple(one.row for one in found.values())
     weight = math.fsum(one.weight_energy for one in found.values())
     report = ExtractionReport(plan.rule.name, rows, math.sqrt(weight), plan.settings.tolerance, tuple(plan.notes))
+    if plan.rule.error is not None and report.error > plan.rule.error * (1 + REACHED):
+        missed = f"the error asked for, {plan.rule.error:g}, is out of reach: {report.error:.4g} is left; {_in_the_way(plan)}"
+        report = replace(report, notes=(*report.notes, missed))
     prints = {name: one.prints for name, one in sorted(found.items())}
     return Adapter(
         layout.tensors,
@@ -68,6 +76,26 @@ def compose(measured: Measurement) -> Adapter:
         taken_from={name: before for name, (before, _) in prints.items()},
         report=report,
     )
+
+
+def _in_the_way(plan: Extraction) -> str:
+    """Say what keeps an error from being reached, and how to mend it."""
+    if plan.rule.portable or plan.rule.max_rank is not None or plan.rule.noise_floor or plan.left_out:
+        return "what is left out or bounded is the rest"
+    return (
+        f"factors are rounded to {plan.dtype}, --dtype F32 rounds least"
+        if plan.dtype != "F32"
+        else "rounding is the rest"
+    )
+
+
+def _nothing_to_extract(plan: Extraction, found: Mapping[str, Found]) -> MismatchError:
+    codes = [name for name, one in found.items() if one.note]
+    if codes:
+        return MismatchError(
+            f"only tensors that an adapter cannot hold differ: {join_shown(codes)}", file=plan.tuned_label
+        )
+    return MismatchError(f"no differences: all {len(found)} compared tensors are equal", file=plan.tuned_label)
 
 
 def _record(

@@ -316,14 +316,19 @@ class Work:
             MismatchError: it is.
         """
         inside = {entry["fingerprint"] for entry in self.history.adapters}
+        named: set[str] = set()
         for adapter, fingerprint in zip(self.adapters, self.prints, strict=True):
+            if fingerprint in named and not self._allow_base_mismatch:
+                raise MismatchError(
+                    "is named twice", file=adapter.label, mend="--coeff 2 adds it twice, or --allow-base-mismatch"
+                )
+            named.add(fingerprint)
             if fingerprint in inside and not self._allow_base_mismatch:
                 raise MismatchError(
                     f"already has the adapter {adapter.label} in it",
                     file=self.base.label,
                     mend="--allow-base-mismatch merges it again",
                 )
-            inside.add(fingerprint)
 
     def record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """Compose the provenance record, and refuse adapters that were taken from another base.

@@ -133,6 +133,8 @@ def parse_rule(
         raise UsageError(f"rank must be a whole number from 1, or 'full', not {rank!r}")
     if max_rank is not None and max_rank < rank_multiple:
         raise UsageError(f"--max-rank {max_rank} leaves no room for --rank-multiple {rank_multiple}")
+    if type(rank) is int and rank % rank_multiple:
+        raise UsageError(f"--rank {rank} is no multiple of --rank-multiple {rank_multiple}")
     if not named and not noise_floor:
         rank = 8
     return RankRule(

@@ -115,15 +115,25 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
 
 
 def stem_of(source: str | os.PathLike[str]) -> str:
-    """Name a checkpoint by its folder, or by its file without the ending."""
-    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")
+    """Name a checkpoint by its folder, its repository in a Hugging Face cache, or its file without the ending."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    cached = cached_name(Path(os.path.realpath(path)))
+    return cached.rpartition("/")[2] if cached else path.name.removesuffix(".safetensors")
 
 
 def _label(ref: str | os.PathLike[str], path: Path) -> str:
     """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
-    cached = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
-    name = cached[1].replace("--", "/") if cached else os.path.basename(os.path.abspath(os.path.expanduser(ref)))
-    return printable(name)
+    return printable(cached_name(path) or os.path.basename(os.path.abspath(os.path.expanduser(ref))))
+
+
+def cached_name(path: Path) -> str | None:
+    """Name the repository of a snapshot in a Hugging Face cache, ``org/name``; ``None`` for any other folder.
+
+    >>> cached_name(Path("/cache/models--org--name/snapshots/0123abc"))
+    'org/name'
+    """
+    found = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
+    return found[1].replace("--", "/") if found else None
 
 
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
