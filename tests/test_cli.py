@@ -64,9 +64,9 @@ def test_every_command_has_help_with_an_example_and_one_short_line(command, run)
 
 
 def test_every_command_of_the_api_has_the_same_name():
-    # surgery.algorithms is the room of the algorithms themselves; its registry is what the command prints. plan and run are
-    # of the checkpoint that merge_recipe returns.
-    others = {"algorithms", "plan", "run"}
+    # surgery.algorithms and surgery.methods are the rooms themselves; their registries are what the commands print. plan
+    # and run are of the checkpoint that merge_recipe returns.
+    others = {"algorithms", "methods", "plan", "run"}
     assert {command.replace("-", "_") for command in COMMANDS} - others <= set(surgery.__all__)
 
 
