@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 
 import surgery
+from surgery.cli.main import main
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from tests.families import build, saved
 
@@ -132,6 +133,25 @@ def test_peft_loads_prompts_and_one_step_trains_them_alone(family, method, setti
     assert not added.addition.unchanged
     assert loaded(**batch(loaded.get_base_model())).logits.shape[-1] == before.shape[-1]
     assert train_once(loaded) == set(added.trainable)
+
+
+def test_a_model_without_a_task_gets_prompts_for_features_and_is_told(folder, tmp_path):
+    added = surgery.add(saved("bert-mlm", folder), "prompt-tuning", length=3)
+    assert "-p task=" in added.notes[0]
+    added.save(tmp_path / "out")
+    loaded = PeftModel.from_pretrained(build("bert-mlm"), tmp_path / "out").eval()
+    assert torch.equal(loaded.get_prompt(1)[0], added["prompt_embeddings"])
+    with pytest.raises(UsageError, match="no prompts for task MASKED_LM"):
+        surgery.add(saved("bert-mlm", folder), "prompt-tuning", task="MASKED_LM")
+
+
+def test_the_command_says_what_it_wrote_and_refuses_to_write_it_twice(folder, tmp_path, capsys):
+    arguments = ["add", "lora", saved("llama", folder), "-p", "r=2", "-o", str(tmp_path / "out")]
+    for code, said in ((0, "224 parameters; 8 new tensors"), (7, "exists")):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert (stop.value.code or 0) == code
+        assert said in "".join(capsys.readouterr())
 
 
 def test_p_tuning_serves_the_virtual_tokens_of_the_file(folder, tmp_path):

@@ -53,12 +53,11 @@ def command(
     if quiet:
         click.echo(str(added.parameters) if dry_run else printable(out))
         return
-    if dry_run:
+    if dry_run and added.chosen:
         terminal.table(added.table())
     where = f"would write {printable(out)}" if dry_run else f"wrote {printable(out)}"
-    click.echo(
-        f"{where} ({added.parameters:,} parameters on {len(added.chosen):,} tensors, {human_bytes(added.nbytes)})"
-    )
+    size = f"{added.parameters:,} parameters; {len(added.tensors):,} new tensors, {human_bytes(added.nbytes)}"
+    click.echo(f"{where} ({size})")
     terminal.notes([*added.notes, *(() if added.addition.unchanged else ("the model's function changes at once",))])
 
 

@@ -11,6 +11,8 @@ from surgery.methods.model import Model
 from surgery.methods.starts import Normal, Rows, Start, Uniform
 
 KEY = "prompt_embeddings"
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""PEFT's tasks, each of which puts prompts before the input in a way of its own."""
 _PREFIX = "base_model."
 """Of the task's head: PEFT puts no ``model.`` there for prompts."""
 
@@ -22,8 +24,8 @@ def prompt_tuning(model: Model, target: Sequence[str], settings: Mapping[str, An
     or the embeddings of given tokens, repeated. The model's function changes at once: there is no neutral prompt.
 
     Raises:
-        UsageError: a length below 1.
-        MismatchError: a token that the embedding lacks, or a task that PEFT has no prompts for.
+        UsageError: a length below 1, or a task that PEFT has no prompts for.
+        MismatchError: a token that the embedding lacks.
 
     Reference: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, sections
     2.1 and 3.2.
@@ -91,20 +93,21 @@ def _prompt(
     length = settings["length"]
     if length < 1:
         raise UsageError(f"length must be at least 1, not {length}")
-    if model.task is None:
-        raise MismatchError(
-            "config.json names no architecture that PEFT has a prompt task for",
-            mend="open a folder whose config.json has architectures",
-        )
-    encoder_decoder = model.task == "SEQ_2_SEQ_LM"
+    task = settings["task"] or model.task or "FEATURE_EXTRACTION"
+    if task not in TASKS:
+        raise UsageError(f"PEFT has no prompts for task {task}", mend=f"there are {', '.join(TASKS)}")
+    notes: tuple[str, ...] = ()
+    if not (settings["task"] or model.task):
+        notes = (f"config.json tells no task of PEFT's, so it is written for {task}; -p task=CAUSAL_LM says another",)
+    encoder_decoder = task == "SEQ_2_SEQ_LM"
     sides = 2 if encoder_decoder and kind != "PREFIX_TUNING" else 1
     modules, head = model.task_head(_PREFIX)
     document = {
-        "peft_type": kind, "task_type": model.task, "auto_mapping": None, "base_model_name_or_path": None,
+        "peft_type": kind, "task_type": task, "auto_mapping": None, "base_model_name_or_path": None,
         "revision": None, "inference_mode": False, "num_virtual_tokens": length, "token_dim": token_dim,
         "num_transformer_submodules": 2 if encoder_decoder and kind != "PREFIX_TUNING" else 1,
         "num_attention_heads": heads or model.setting("num_attention_heads", "n_head", "num_heads") or 1,
         "num_layers": len(max(model.blocks.values(), key=len)), "modules_to_save": modules or None, **config,
     }  # fmt: skip
     new = New(KEY, (sides * length, width), start)
-    return Addition((new,), "peft", document, head=head, unchanged=False)
+    return Addition((new,), "peft", document, head=head, unchanged=False, notes=notes)

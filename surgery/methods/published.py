@@ -22,7 +22,7 @@ def bottlenecks(width: int, count: int, size: int, *, norms: int = 0, biases: bo
     """Count ``count`` bottleneck adapters: ``n (2 d r + r + d)``, and ``2 d`` for each of ``norms`` LayerNorms.
 
     >>> bottlenecks(12288, 2 * 96, 1)
-    7077888
+    7078080
     """
     return count * (2 * width * size + (size + width if biases else 0)) + 2 * width * norms
 

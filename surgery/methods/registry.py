@@ -108,7 +108,10 @@ class Method:
         return {name: parameter.parse(given.get(name)) for name, parameter in known.items()}
 
 
-_LENGTH = Parameter("length", "whole", 20, "virtual tokens")
+_PROMPT = (
+    Parameter("length", "whole", 20, "virtual tokens"),
+    Parameter("task", "word", None, "PEFT's task_type; told by config.json by default"),
+)
 _BOTTLENECK = (
     Parameter("size", "whole", 64, "width of the bottleneck"),
     Parameter("leave_out", "wholes", None, "blocks without one, counted from 0 (AdapterDrop)"),
@@ -146,17 +149,17 @@ METHODS: dict[str, Method] = {
         Method(
             "prompt-tuning", "virtual tokens before the input", prompts.prompt_tuning, "length·d", False,
             "length more tokens", "Lester et al. 2021, arXiv:2104.08691",
-            (_LENGTH, Parameter("tokens", "wholes", None, "start from these tokens' embeddings")),
+            (*_PROMPT, Parameter("tokens", "wholes", None, "start from these tokens' embeddings")),
         ),
         Method(
             "p-tuning", "virtual tokens made by an MLP", prompts.p_tuning, "length·d", False, "length more tokens",
             "Liu et al. 2021, arXiv:2103.10385",
-            (_LENGTH, Parameter("hidden", "whole", None, "width of the MLP while training; d by default")),
+            (*_PROMPT, Parameter("hidden", "whole", None, "width of the MLP while training; d by default")),
         ),
         Method(
             "prefix-tuning", "keys and values before every layer's own", prompts.prefix_tuning, "2·length·layers·d_kv",
             False, "length more keys", "Li and Liang 2021, arXiv:2101.00190",
-            (_LENGTH, Parameter("std", "number", 0.02, "standard deviation at the start")),
+            (*_PROMPT, Parameter("std", "number", 0.02, "standard deviation at the start")),
         ),
         Method(
             "houlsby", "bottlenecks after attention and feed-forward", bottleneck.houlsby, "2L(2dr + r + d)", False,
