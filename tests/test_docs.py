@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import surgery
 from fixtures import real_pair
-from surgery.cli.main import COMMANDS
+from surgery.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,18 +32,19 @@ def without_times(text):
     return re.sub(r"in \d+\.\d s", "in T s", text)
 
 
-def test_the_console_blocks_print_what_they_show(workshop):
+def test_the_console_blocks_print_what_they_show(workshop, monkeypatch, capfd):
+    monkeypatch.chdir(workshop)
     shown = [entry for block in blocks("console") for entry in re.split(r"^\$ ", block, flags=re.MULTILINE) if entry]
     assert len(shown) >= 4
     for entry in shown:
         command, _, wanted = entry.partition("\n")
         program, *arguments = shlex.split(command)
         assert program == "surgery"
-        done = subprocess.run(
-            [sys.executable, "-m", "surgery", *arguments], cwd=workshop, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert without_times(done.stdout).strip() == without_times(wanted).strip(), command
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        out, err = capfd.readouterr()
+        assert not stopped.value.code, err
+        assert without_times(out).strip() == without_times(wanted).strip(), command
 
 
 def test_the_python_blocks_run(workshop, monkeypatch, capsys):
