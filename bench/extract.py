@@ -104,7 +104,16 @@ def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | No
     if mergekit:
         fresh(folder / "mergekit")
         script = mergekit.with_name("mergekit-extract-lora").absolute()
-        command = [str(script), "--model", "ft", "--base-model", "base", "--out-path", "mergekit"]
+        # Absolute paths: it would look names up on the Hub, at the end, for its card.
+        command = [
+            str(script),
+            "--model",
+            str(folder / "ft"),
+            "--base-model",
+            str(folder / "base"),
+            "--out-path",
+            "mergekit",
+        ]
         theirs = timed([*command, "--max-rank", str(peer_rank)], folder)
         size, error = _size(folder / "mergekit"), _judge(folder, folder / "mergekit")
         line = f"mergekit-extract-lora --max-rank {peer_rank}"
