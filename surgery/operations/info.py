@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,24 +49,25 @@ class Info:
     @property
     def parameters(self) -> int:
         """Floating-point elements."""
-        return sum(spec.numel for spec in self.specs if spec.dtype.startswith(("F", "BF")))
+        return sum(count * one.numel for one, count in _alike(self.specs) if one.dtype.startswith(("F", "BF")))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self.specs)
+        return sum(count * one.nbytes for one, count in _alike(self.specs))
 
     def by_role(self) -> Table:
         """Count tensors by role."""
         groups: dict[str, list[TensorSpec]] = {}
         for spec in self.specs:
             groups.setdefault(role_of(spec), []).append(spec)
-        sizes = {role: sum(spec.numel for spec in specs) for role, specs in groups.items()}
+        alike = {role: _alike(specs) for role, specs in groups.items()}
+        sizes = {role: sum(count * one.numel for one, count in found) for role, found in alike.items()}
+        nbytes = {role: sum(count * one.nbytes for one, count in found) for role, found in alike.items()}
         rows = tuple(
-            (role, str(len(groups[role])), human_count(sizes[role]), human_bytes(sum(s.nbytes for s in groups[role])),
-             _shapes(groups[role]))
+            (role, str(len(groups[role])), human_count(sizes[role]), human_bytes(nbytes[role]), _shapes(groups[role]))
             for role in sorted(groups, key=lambda role: -sizes[role])
-        )  # fmt: skip
+        )
         return Table("Tensors by kind", ("kind", "tensors", "elements", "bytes", "shapes"), rows)
 
     def by_layout(self) -> Table:
@@ -96,9 +98,7 @@ class Info:
 
     def facts(self) -> list[tuple[str, str]]:
         """List what people ask first."""
-        dtypes: dict[str, int] = {}
-        for spec in self.specs:
-            dtypes[spec.dtype] = dtypes.get(spec.dtype, 0) + 1
+        dtypes = Counter(spec.dtype for spec in self.specs)
         parameters = self.parameters
         found = [
             ("tensors", f"{len(self.specs):,} in {len(self.files) or 1} file{'s' if len(self.files) > 1 else ''}"),
@@ -134,7 +134,7 @@ class Info:
 
 
 def _shapes(specs: Sequence[TensorSpec]) -> str:
-    shapes = list(dict.fromkeys("×".join(map(str, spec.shape)) or "scalar" for spec in specs))
+    shapes = ["×".join(map(str, shape)) or "scalar" for shape in dict.fromkeys(spec.shape for spec in specs)]
     return ", ".join(shapes[:3]) + (" …" if len(shapes) > 3 else "")
 
 
@@ -159,6 +159,12 @@ def info(source: Source | Delta) -> Info | DeltaInfo:
     blocks = frozenset(filter(None, (layer_of(spec.name) for spec in specs)))
     notes = [*checkpoint.notes, *_observations(checkpoint, blocks)]
     return Info(checkpoint.label, specs, files, checkpoint.config, notes, blocks)
+
+
+def _alike(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, int]]:
+    """Count tensors of one dtype and shape: models have many tensors of few kinds, and sizes are computed once a kind."""
+    counts = Counter((spec.dtype, spec.shape) for spec in specs)
+    return [(TensorSpec("", dtype, shape), count) for (dtype, shape), count in counts.items()]
 
 
 def _observations(checkpoint: Checkpoint, blocks: frozenset[str]) -> list[str]:
