@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.timing import Run, fresh, timed
+from bench.timing import Run, fresh, in_turns, timed
 from fixtures import generate
 
 FLOOR = """
@@ -91,12 +91,7 @@ def _compare(folder: Path, ranks: Sequence[int], turns: int, mergekit: Path | No
         "read both, ‖ΔW‖": lambda: timed([sys.executable, "-c", FLOOR], folder),
         **{f"surgery --rank {rank}": lambda rank=rank: surgery(rank) for rank in ranks},
     }
-    found: dict[str, list[Run]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, contender in contenders.items():
-            run = contender()
-            if turn:  # the first warms up
-                found[name].append(run)
+    found = in_turns(contenders, turns)
     errors = {rank: _judge(folder, folder / f"lora-{rank}") for rank in ranks}
     print("| | wall (min…max) | CPU | peak RSS | weights file | rel. error | mergekit ÷ surgery |")
     print("|---|---:|---:|---:|---:|---:|---:|")

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.timing import Run, fresh, timed
+from bench.timing import Run, fresh, in_turns, timed
 from fixtures import generate
 
 TWO = """models:
@@ -79,12 +79,7 @@ def _compare(folder: Path, methods: Sequence[str], turns: int, mergekit: Path | 
         "import torch": lambda: timed([sys.executable, "-c", "import torch"], folder),
         **{method: lambda method=method: surgery(method) for method in methods},
     }
-    found: dict[str, list[Run]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, contender in contenders.items():
-            run = contender()
-            if turn:  # the first warms up
-                found[name].append(run)
+    found = in_turns(contenders, turns)
     copy, torch = (statistics.median(run.wall for run in found[name]) for name in ("cp", "import torch"))
     print(
         "| | surgery, wall (min…max) | CPU | peak RSS | work ÷ cp | mergekit 0.1.5 | CPU | peak RSS | mergekit ÷ surgery |"

@@ -204,17 +204,6 @@ def component_products(
     )
 
 
-def residual_energy(
-    delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, energy: float | None = None
-) -> float:
-    """Return ``‖Δ − left @ right‖²``; see :func:`component_products`.
-
-    >>> residual_energy(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
-    1.0
-    """
-    return component_products(delta, left, right, energy=energy)[1]
-
-
 def _nothing(delta: torch.Tensor, rank: int, energy: float) -> TruncatedSVD:
     m, n = delta.shape
     left = torch.eye(m, rank, dtype=delta.dtype, device=delta.device)

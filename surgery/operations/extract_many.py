@@ -33,7 +33,7 @@ class Outcome:
 @dataclass
 class _Task:
     outcome: Outcome
-    run: Measurement | None = None
+    measured: Measurement | None = None
 
 
 def extract_many(
@@ -77,7 +77,7 @@ def extract_many(
     if len(set(outputs)) < len(outputs):
         twice = next(name for name in outputs if outputs.count(name) > 1)
         raise UsageError(f"two of the fine-tunes would both become {twice}", mend="rename their folders")
-    runs = [task for task in tasks if task.run is not None]
+    runs = [task for task in tasks if task.measured is not None]
     _examine(runs, progress or execute.Silent())
     for task in tasks:
         _write(task, overwrite)
@@ -101,9 +101,9 @@ def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
     """Go through the base once; whoever fails on the way is left behind."""
     if not tasks:
         return
-    plans = [task.run.plan for task in tasks if task.run]
+    plans = [task.measured.plan for task in tasks if task.measured]
     base = plans[0].base
-    wanted_by = {id(task.run): set(task.run.plan.names) for task in tasks if task.run}
+    wanted_by = {id(task.measured): set(task.measured.plan.names) for task in tasks if task.measured}
     wanted = set().union(*wanted_by.values())
     lock = threading.Lock()
 
@@ -112,15 +112,15 @@ def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
         progress.advance(held.spec.nbytes)
         for task in tasks:
             with lock:
-                run = task.run
-            if run is None or name not in wanted_by[id(run)]:
+                measured = task.measured
+            if measured is None or name not in wanted_by[id(measured)]:
                 continue
             try:
-                run.examine(name, held)
+                measured.examine(name, held)
             except SurgeryError as error:
                 with lock:
-                    task.outcome.error, task.run = task.outcome.error or error, None
-            progress.advance(run.plan.tuned[name].spec.nbytes)
+                    task.outcome.error, task.measured = task.outcome.error or error, None
+            progress.advance(measured.plan.tuned[name].spec.nbytes)
 
     progress.start(sum(base.tensors[name].spec.nbytes for name in wanted) + sum(p.tuned_bytes for p in plans))
     try:
@@ -130,13 +130,13 @@ def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
 
 
 def _write(task: _Task, overwrite: bool) -> None:
-    if task.run is None:
+    if task.measured is None:
         return
     try:
-        adapter = compose(task.run)
+        adapter = compose(task.measured)
         adapter.save(task.outcome.out, overwrite=overwrite)
     except SurgeryError as error:
         task.outcome.error = error
     else:
         task.outcome.adapter = adapter
-    task.run = None  # lets its spool go
+    task.measured = None  # lets its spool go

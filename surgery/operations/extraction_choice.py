@@ -10,7 +10,7 @@ import numpy as np
 from surgery.algorithms.ranks import Spectrum
 from surgery.errors import MismatchError
 from surgery.formats import peft, safetensors, servers
-from surgery.operations.extraction_layout import full_key, kept_in_full, stem_of
+from surgery.operations.extraction_layout import Kept, full_key, stem_of
 from surgery.operations.extraction_measure import Measurement
 from surgery.operations.extraction_units import Unit
 from surgery.report import join_shown
@@ -20,8 +20,9 @@ from surgery.tensor import TensorSpec, human_bytes
 class Choice:
     """The rank of every unit, by its weight's name; none for what is left out."""
 
-    def __init__(self, measured: Measurement) -> None:
+    def __init__(self, measured: Measurement, kept: Kept) -> None:
         self.measured = measured
+        self.kept = kept
         self.plan = measured.plan
         self.found = measured.found
 
@@ -179,7 +180,7 @@ class Choice:
         for unit, rank in units:
             for suffix, shape in zip(unit.suffixes, unit.shapes(rank), strict=True):
                 specs.append(TensorSpec(stem_of(plan, unit, adapted) + suffix, plan.dtype, shape))
-        for name in kept_in_full(plan, self.found).names:
+        for name in self.kept.names:
             tensor = plan.tuned.get(name) or plan.base.tensors[name]
             specs.append(TensorSpec(full_key(plan, name, adapted), tensor.spec.dtype, tensor.spec.shape))
         prefix, _ = safetensors.build_header(specs, {"format": "pt"})

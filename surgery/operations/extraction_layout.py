@@ -72,12 +72,13 @@ def full_key(plan: Extraction, name: str, adapted: Collection[str]) -> str:
 class Layout:
     """The adapter in the making: its tensors by PEFT's key, its configuration, and each weight's row of the report."""
 
-    def __init__(self, measured: Measurement, ranks: Mapping[str, int], whole: Collection[str]) -> None:
+    def __init__(self, measured: Measurement, ranks: Mapping[str, int], whole: Collection[str], kept: Kept) -> None:
         self.measured = measured
         self.plan = measured.plan
         self.found = measured.found
         self.ranks = dict(ranks)
         self.whole = whole
+        self.kept = kept
         self.tensors: dict[str, LazyTensor] = dict(measured.rows)
 
     def compose(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Layout:
     def _keep_in_full(self) -> list[str]:
         """Store norms and biases that moved; return the modules to save."""
         plan = self.plan
-        kept = kept_in_full(plan, self.found)
+        kept = self.kept
         for name in kept.names:
             if name in plan.full or name in plan.resized:
                 self._keep(name)
@@ -229,7 +230,7 @@ class Layout:
             ranks=adapted | parameters,
             base_name=plan.base_name,
             task=peft.task_type(plan.base.config),
-            bias=kept_in_full(plan, self.found).biases,
+            bias=self.kept.biases,
             modules_to_save=saved,
             fan_in_fan_out=any(unit.flipped and unit.kind == "linear" for unit in plan.units.values()),
             dora=plan.settings.dora,

@@ -92,7 +92,7 @@ class Measurement:
             if name in plan.resized:
                 self.found[name] = self._resized(name, base)
                 return
-            pair = self._pair(name, base)
+            pair = plan.pair(name, base)
             if name in plan.units:
                 unit = plan.units[name]
                 self.found[name] = self.factor(pair, unit, plan.rule.first_depth(unit.limit))
@@ -113,7 +113,7 @@ class Measurement:
             depth = min(depths[unit], plan.rule.limit(unit.limit))
             if depth <= self.factors(unit.name).depth:
                 return
-            pair = self._pair(unit.name, plan.base.tensors[unit.name])
+            pair = plan.pair(unit.name)
             again, before = self.factor(pair, unit, depth), self.found[unit.name]
             self.found[unit.name] = replace(again, prints=before.prints, note=before.note)
 
@@ -124,9 +124,6 @@ class Measurement:
         factors = self.found[name].factors
         assert factors is not None  # only units that were factored are asked for
         return factors
-
-    def _pair(self, name: str, base: LazyTensor) -> Pair:
-        return Pair(base, self.plan.tuned[name], (self.plan.base.label, self.plan.tuned_label))
 
     def _entry(self, pair: Pair, row: Row, **more: Any) -> Found:
         return Found(row, (pair.base.fingerprint(), pair.tuned.fingerprint()), pair.weight_energy, **more)

@@ -22,6 +22,7 @@ from surgery.errors import MismatchError
 from surgery.formats import peft, servers
 from surgery.names import module_of, parse_patterns, select, undecorated
 from surgery.operations.extraction_units import EXPERTS, Unit
+from surgery.operations.pairs import Pair
 from surgery.operations.rank_rule import RankRule
 from surgery.report import join_shown
 from surgery.roles import is_fused_experts, role_of, roles_of, transposed_weights
@@ -92,6 +93,11 @@ class Extraction:
     def module(self, name: str) -> str:
         """Name a weight's module as PEFT does."""
         return module_of(self.spelled(name))
+
+    def pair(self, name: str, base: LazyTensor | None = None) -> Pair:
+        """Pair a tensor before and after; ``base`` gives its values before, from wherever they are at hand."""
+        before = self.base.tensors[name] if base is None else base
+        return Pair(before, self.tuned[name], (self.base.label, self.tuned_label))
 
     def in_head(self, name: str) -> bool:
         """Say whether a tensor belongs to one of ``heads``."""

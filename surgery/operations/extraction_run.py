@@ -17,7 +17,7 @@ from surgery import execute, provenance
 from surgery.adapter import Adapter
 from surgery.errors import MismatchError
 from surgery.operations.extraction_choice import Choice
-from surgery.operations.extraction_layout import Layout
+from surgery.operations.extraction_layout import Layout, kept_in_full
 from surgery.operations.extraction_measure import Found, Measurement, in_parallel, largest_first
 from surgery.operations.extraction_plan import Extraction
 from surgery.operations.extraction_report import ExtractionReport, card
@@ -55,9 +55,10 @@ def compose(measured: Measurement) -> Adapter:
     plan.notes.extend(one.note for one in found.values() if one.note)
     if not plan.resized and not any(one.row.energy for one in found.values()):
         raise _nothing_to_extract(plan, found)
-    choice = Choice(measured)
+    kept = kept_in_full(plan, found)
+    choice = Choice(measured, kept)
     ranks = choice.ranks()
-    layout = Layout(measured, ranks, choice.whole)
+    layout = Layout(measured, ranks, choice.whole, kept)
     document = layout.compose()
     rows = tuple(one.row for one in found.values())
     weight = math.fsum(one.weight_energy for one in found.values())

@@ -175,7 +175,7 @@ def spectrum(
 
 
 def _rows(plan: Extraction, unit: Unit, depth: int) -> list[SpectrumRow]:
-    pair = Pair(plan.base.tensors[unit.name], plan.tuned[unit.name], (plan.base.label, plan.tuned_label))
+    pair = plan.pair(unit.name)
     noises = [RoundingNoise(unit.matrix, pair.tuned.spec.dtype) for _ in range(unit.experts)]
     delta = pair.delta(*noises).view(unit.experts, *unit.matrix)
     rows = []
