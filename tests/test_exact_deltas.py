@@ -364,7 +364,6 @@ def test_resharded_and_pickled_copies_of_the_base_are_accepted(pair, tmp_path):
     [
         ({"coeff": 0.5}, "coefficient is 1"),
         ({"allow_base_mismatch": True}, "another base"),
-        ({"algorithm": "ties"}, "by no algorithm"),
         ({"name_map": {"a": "b"}}, "name map"),
     ],
 )

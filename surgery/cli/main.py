@@ -26,7 +26,7 @@ COMMANDS = {
     "algorithms": "List what models can be merged by.",
     "add": "Give a model the new parameters of a PEFT method.",
     "methods": "Show what each PEFT method would cost on a model.",
-    "plan": "Show what a recipe would do.",
+    "plan": "Show what a merge or a recipe would do.",
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
@@ -35,7 +35,9 @@ COMMANDS = {
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
 
 RECIPES = (".yml", ".yaml")
-"""What a recipe's name ends in: ``merge`` takes one in place of models."""
+"""What a recipe's name ends in."""
+TAKE_RECIPES = ("merge", "plan")
+"""Commands that take a recipe in place of models; a module of its own handles it, ``NAME_recipe``."""
 
 INTERNAL_ERROR, INTERRUPTED, TERMINATED = 70, 130, 143
 
@@ -65,8 +67,9 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0].replace("_", "-"), COMMANDS, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
-        if args[:1] == ["merge"] and any(word.endswith(RECIPES) for word in args[1:] if not word.startswith("-")):
-            return "merge", importlib.import_module("surgery.cli.merge_recipe").command, args[1:]
+        name, *rest = args or [""]
+        if name in TAKE_RECIPES and any(word.endswith(RECIPES) for word in rest if not word.startswith("-")):
+            return name, importlib.import_module(f"surgery.cli.{name}_recipe").command, rest
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
