@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -42,8 +43,30 @@ TAKE_RECIPES = ("merge", "plan")
 INTERNAL_ERROR, INTERRUPTED, TERMINATED = 70, 130, 143
 
 
+class _ReaderGone(Exception):
+    """Whoever read our output has gone, as ``head`` does. click would make exit code 1 of the ``OSError``."""
+
+
+@contextlib.contextmanager
+def _telling_a_reader_gone() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _ReaderGone from None
+
+
 class LazyGroup(click.Group):
     """A group that imports a command only when it is asked for."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse; ``--help`` prints here."""
+        with _telling_a_reader_gone():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _telling_a_reader_gone():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands in the order people meet them."""
@@ -111,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = surgery.main(list(arguments), prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not complain about it at exit.
+    except (_ReaderGone, BrokenPipeError):
+        # Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place where every error ends
@@ -153,7 +176,8 @@ def _report(error: BaseException) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    click.echo(f"surgery: error: {printable(line)}", err=True)
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"surgery: error: {printable(line)}", err=True)
     return code
 
 
