@@ -96,7 +96,7 @@ def merge(
     if algorithm is not None:
         if reverse:
             raise UsageError("reverse restores a base from an exact delta: no algorithm does")
-        row = find(algorithm) if isinstance(algorithm, str) else algorithm
+        row = find(algorithm)
         own = row.base == "required" if with_base is None else with_base
         return merge_models(
             others if own else (base, *others), algorithm=row, base=base if own else None,

@@ -68,7 +68,7 @@ def merge_models(
     >>> merge_models([a, b], algorithm="linear", parameters={"coeff": [1, 3]})["w"].tolist()
     [0.75, 0.75]
     """
-    row = find(algorithm) if isinstance(algorithm, str) else algorithm
+    row = find(algorithm)
     row.check_arity(len(models), base is not None)
     if dtype is not None and dtype not in ARITHMETIC:
         raise UsageError(f"--dtype can be {', '.join(ARITHMETIC)}, not {dtype!r}")
