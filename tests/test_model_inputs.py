@@ -100,6 +100,32 @@ def test_on_the_command_line_and_in_python_they_are_models_too(tmp_path, capsys)
     assert record["inputs"][1]["fingerprint"] == surgery.exact.open_delta("task.delta").digest
 
 
+def test_plans_count_the_bytes_of_the_files_that_they_read(world):
+    stored = {name: surgery.open(name).nbytes for name in ("base", "ft")}
+    delta, adapter = surgery.exact.open_delta("task.delta").nbytes, surgery.adapter.open_adapter("style").nbytes
+    wanted = stored["base"] + stored["ft"] + (stored["base"] + delta) + (stored["base"] + adapter)
+    assert surgery.merge("base", "ft", "task.delta", "style", algorithm="ties").plan().bytes_read == wanted
+    text = "{models: [{model: ft}, {model: task.delta}, {model: style}], merge_method: ties, base_model: base}"
+    assert recipe(text).plan().bytes_read == wanted
+
+
+def test_objects_and_dicts_are_models_as_files_are():
+    base, tuned = (surgery.open(name).state_dict() for name in ("base", "ft"))
+    delta, adapter = surgery.extract_delta(base, tuned), surgery.extract_lora(base, tuned, rank=2)
+    found = surgery.merge(
+        base, delta, tuned, adapter, algorithm="ties", density=0.5, coeff={"norm": 0.5, "*": [1, 2, 3]}
+    )
+    for other in ("linear", "slerp"):
+        with pytest.raises(UsageError, match="a model only together with its base"):
+            surgery.merge(base, delta, algorithm=other, **({"t": 0.5} if other == "slerp" else {}))
+    wanted = surgery.merge(
+        base, tuned, tuned, surgery.merge(base, adapter), algorithm="ties", density=0.5,
+        coeff=lambda name: 0.5 if "norm" in name.split(".")[-2] else [1, 2, 3],
+    )  # fmt: skip
+    for name in found:  # the adapter is rounded in between in one of them alone
+        assert torch.allclose(found[name].float(), wanted[name].float(), atol=0.02), name
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A pair whose tensors are coded in several blocks, none of them a whole number of rows."""

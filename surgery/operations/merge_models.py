@@ -14,7 +14,16 @@ from surgery.merged import merged
 from surgery.names import Pattern, select
 from surgery.operations.convert import config_file, config_in
 from surgery.operations.merge_rules import Rule, describe, rules_table
-from surgery.operations.model_inputs import Change, buffered, input_entry, is_change, kind_of, respelled, with_change
+from surgery.operations.model_inputs import (
+    Change,
+    buffered,
+    bytes_read,
+    input_entry,
+    is_change,
+    kind_of,
+    respelled,
+    with_change,
+)
 from surgery.report import join_shown
 from surgery.roles import roles_of
 from surgery.tensor import ARITHMETIC, LazyTensor
@@ -100,7 +109,7 @@ def merge_models(
             counts=work.counts(),
             files=config_file(reference.config, dtype),
             work=work_of(members, said, dtype, missing, allow_nonfinite) if known else None,
-            bytes_read=sum(member.nbytes for member in members),
+            bytes_read=sum(map(bytes_read, members)),
             tables=[rules_table(work.rules, tensors)],
         ),
     )

@@ -84,9 +84,17 @@ def as_model(
         side_files=base.side_files,
         notes=[*base.notes, *binding.notes],
         origin=Origin(
-            work.record, work=work_of([base], work.prints, sorted((name_map or {}).items())) if stored else None
+            work.record,
+            bytes_read=bytes_read(base) + adapter.nbytes,
+            work=work_of([base], work.prints, sorted((name_map or {}).items())) if stored else None,
         ),
     )
+
+
+def bytes_read(model: Checkpoint) -> int:
+    """Return how many bytes making all of a model reads: what it was made from, where it is not stored as it is."""
+    made = None if model.origin is None else model.origin.bytes_read
+    return model.nbytes if made is None else made
 
 
 def buffered(model: Checkpoint) -> Checkpoint:

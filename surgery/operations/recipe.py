@@ -17,7 +17,7 @@ from surgery.formats.tokenizer import CONFIG, FILE_STARTS, with_template
 from surgery.merged import merged
 from surgery.operations import recipe_config
 from surgery.operations.merge_rules import Rule, describe, generalised, rules_table
-from surgery.operations.model_inputs import input_entry
+from surgery.operations.model_inputs import bytes_read, input_entry
 from surgery.operations.recipe_inputs import Input, Inputs, Spelled, last_stage, on_bases
 from surgery.operations.recipe_outputs import Outline, Output
 from surgery.operations.recipe_settings import Choices
@@ -170,7 +170,7 @@ class _Merge:
                 files=files,
                 counts=self.tally.counts(),
                 work=self._work(),
-                bytes_read=sum(tensor.spec.nbytes for own in self.traced.values() for tensor in own.values()),
+                bytes_read=sum(map(self._bytes_read, range(len(self.members)))),
                 tables=(rules_table(self.rules, tensors), *self._unused()),
             ),
         )
@@ -341,6 +341,11 @@ class _Merge:
     def _work(self) -> str:
         """Say everything that decides the values, beside the inputs."""
         return repr((self.text, self.compat, self.seed, self.allow_nonfinite))
+
+    def _bytes_read(self, number: int) -> int:
+        """Return what a member costs to read: the share of its bytes that is used."""
+        model, used = self.members[number].model, self.traced[number].values()
+        return bytes_read(model) * sum(tensor.spec.nbytes for tensor in used) // max(model.nbytes, 1)
 
     def _unused(self) -> list[Table]:
         """List the tensors of the models that go into nothing: layers that were left out."""
