@@ -126,6 +126,26 @@ def test_objects_and_dicts_are_models_as_files_are():
         assert torch.allclose(found[name].float(), wanted[name].float(), atol=0.02), name
 
 
+def test_an_adapter_that_resizes_the_vocabulary_is_a_model_of_that_size(tmp_path):
+    base = surgery.open("base")
+    name, rows = "model.embed_tokens.weight", base.specs["model.embed_tokens.weight"].shape[0] + 8
+    grown = {
+        **base.state_dict(),
+        name: torch.cat([base[name], torch.ones(8, base[name].shape[1], dtype=torch.bfloat16)]),
+    }
+    (tmp_path / "grown").mkdir()
+    save_file(grown, tmp_path / "grown" / "model.safetensors")
+    (tmp_path / "grown" / "config.json").write_text(json.dumps({**base.config, "vocab_size": rows}))
+    surgery.extract_lora("base", tmp_path / "grown", rank=1).save(tmp_path / "adapter")
+    text = f"{{models: [{{model: base+{tmp_path}/adapter}}, {{model: {tmp_path}/grown}}], merge_method: linear}}"
+    merged = recipe(text)
+    assert torch.equal(merged[name], grown[name])
+    merged.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
+    with pytest.raises(MismatchError, match="shapes must agree"):
+        surgery.merge("base", tmp_path / "adapter", algorithm="ties")
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A pair whose tensors are coded in several blocks, none of them a whole number of rows."""

@@ -270,17 +270,20 @@ class Work:
         """Compose one output tensor, ``wide`` for one that is not rounded to the base's dtype."""
         if name not in self.updates:
             return self.base.tensors[name]
-        if wide:
-            dtype = "F64" if self.base.tensors[name].spec.dtype == "F64" else "F32"
-            return Applied(self.traced[name], self.updates[name], dtype, labels=self._labels[name])
         spec = self.base.tensors[name].spec
+        if wide:
+            spec = TensorSpec(name, "F64" if spec.dtype == "F64" else "F32", spec.shape)
         first = self.updates[name][0]
         if any(name in binding.resized for binding in self.bindings) and not _is_copy(self.updates[name]):
             raise MismatchError("is resized by one adapter and changed by another", file=self.base.label, tensor=name)
         if isinstance(first, Replacement) and _is_copy(self.updates[name]):
             return take(first.new, spec, self._labels[name][1], allow_nonfinite=allow_nonfinite)
         return Applied(
-            self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite, labels=self._labels[name]
+            self.traced[name],
+            self.updates[name],
+            spec.dtype,
+            allow_nonfinite=allow_nonfinite,
+            labels=self._labels[name],
         )
 
     def rule(self, name: str) -> Rule:

@@ -68,23 +68,25 @@ def as_model(
     Raises:
         MismatchError: the adapter does not fit this base, or is in there already.
     """
-    from surgery.operations.merge import Work  # the other way round, merge comes here for its inputs
+    from surgery.operations.merge import Work, resized_config  # the other way round, merge comes here for its inputs
 
     binding = bind(adapter, base, name_map=name_map, allow_incomplete=allow_incomplete)
     work = Work(base, history_of(base), [adapter], [1.0], [binding], allow_base_mismatch)
     work.check_not_merged_yet()
     require_arithmetic(base, sorted(work.touched))
+    config, files = resized_config(base.config, [binding.resized])
     stored = adapter.stored and adapter.report is None  # not an adapter that was just made
     return Checkpoint(
         {name: work.output(name, wide=True) for name in base.tensors},
         label=adapter.label,
         stored=[*base.stored, *adapter.stored],
         shards=base.shards,
-        config=base.config,
+        config=config,
         side_files=base.side_files,
         notes=[*base.notes, *binding.notes],
         origin=Origin(
             work.record,
+            files={**(base.origin.files if base.origin else {}), **files},
             bytes_read=bytes_read(base) + adapter.nbytes,
             work=work_of([base], work.prints, sorted((name_map or {}).items())) if stored else None,
         ),
