@@ -58,3 +58,18 @@ def loopback(tmp_path_factory, monkeypatch):
         close_session()
         yield hub
         close_session()
+
+
+@pytest.fixture
+def loopback_xet(loopback, monkeypatch):
+    """Run a loopback Hub whose large files travel by Xet, through the client's own local store."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._xet import abort_xet_session
+
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    monkeypatch.setenv("HF_XET_CACHE", str(loopback.home / "xet"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    loopback.environment = dict(os.environ)
+    abort_xet_session()
+    yield loopback
+    abort_xet_session()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from huggingface_hub import (
@@ -153,3 +155,57 @@ def test_faults_meet_the_requests_they_are_set_for(api, loopback, kind):
         assert file.read() == WEIGHTS
     assert fault.met == 1
     assert [request.fault for request in loopback.seen].count(kind) == 1
+
+
+def test_large_files_travel_by_xet_and_are_stored_once(loopback_xet, tmp_path):
+    hub, api = loopback_xet, HfApi()
+    weights = os.urandom(8_000_000)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    api.create_repo("t/model")
+    with hub.watch() as seen:
+        api.create_commit(
+            "t/model", [CommitOperationAdd("model.safetensors", tmp_path / "model.safetensors")], commit_message="a"
+        )
+    assert not [request for request in seen if "lfs" in request.path or request.port == "cdn"]
+    file = hub.repos["t/model"].history()[0].files["model.safetensors"]
+    assert file.xet_hash is not None
+    assert hub.read("t/model", "model.safetensors") == weights
+    before = hub.xet.nbytes()
+    assert before >= len(weights)
+    (tmp_path / "changed.safetensors").write_bytes(weights[:4_000_000] + os.urandom(100_000) + weights[4_100_000:])
+    api.create_commit(
+        "t/model", [CommitOperationAdd("model.safetensors", tmp_path / "changed.safetensors")], commit_message="b"
+    )
+    assert hub.xet.nbytes() - before < 0.05 * len(weights)
+    with open(hf_hub_download("t/model", "model.safetensors"), "rb") as got:
+        assert got.read() == (tmp_path / "changed.safetensors").read_bytes()
+
+
+def test_what_came_by_xet_is_served_in_ranges_too(loopback_xet, tmp_path):
+    hub, api = loopback_xet, HfApi()
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
+    api.create_repo("t/model")
+    api.create_commit(
+        "t/model", [CommitOperationAdd("model.safetensors", tmp_path / "model.safetensors")], commit_message="a"
+    )
+    url = f"{hub.endpoint}/t/model/resolve/main/model.safetensors"
+    found = get_session().get(url, headers={"Range": "bytes=10-19"}, follow_redirects=True)
+    assert (found.status_code, found.content) == (206, WEIGHTS[10:20])
+
+
+def test_other_processes_push_and_pull_by_xet_in_turn(loopback_xet):
+    hub, api = loopback_xet, HfApi()
+    api.create_repo("t/model")
+    for number in range(2):
+        code = f"""
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+made = CommitOperationAdd("model.safetensors", {bytes([number])!r} * 70_000)
+HfApi().create_commit("t/model", [made], commit_message="{number}")
+print(open(hf_hub_download("t/model", "model.safetensors"), "rb").read(1))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == repr(bytes([number]))
+        assert hub.read("t/model", "model.safetensors") == bytes([number]) * 70_000
+    assert hub.xet.files()
