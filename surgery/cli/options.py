@@ -3,7 +3,8 @@
 ========================  =============================================================
 ``common``                every command: ``--json``, ``-q``, ``--debug``
 ``progress``              commands that read data
-``writing``               commands that write: ``-o``, ``--overwrite``, ``--dry-run``
+``push_to``               commands that write: ``--push-to``, ``--public``; read by ``cli/pushing``
+``writing``               commands that write a checkpoint: ``-o``, ``--overwrite``, ``--dry-run``, and ``push_to``
 ``resources``             ``--jobs``, ``--max-memory``
 ``sharding``              ``--max-shard-size``
 ========================  =============================================================
@@ -83,7 +84,19 @@ output = click.option("-o", "--output", "out", type=click.Path(), required=True,
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one atomic exchange.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
 restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
-writing = _stack(output, overwrite, dry_run)
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Keep a value for ``cli/pushing``, which every command that writes calls."""
+    ctx.meta[f"surgery.{param.name}"] = value
+
+
+push_to = _stack(
+    click.option("--push-to", metavar="ORG/NAME", expose_value=False, callback=_keep,
+                 help="Then push it to this repository on the Hub, private unless --public."),
+    click.option("--public", is_flag=True, expose_value=False, callback=_keep, help="With --push-to: a public one."),
+)  # fmt: skip
+writing = _stack(output, overwrite, dry_run, push_to)
 
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",
                     help="Threads; all cores by default. The bytes written do not depend on it.")  # fmt: skip

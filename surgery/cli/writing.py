@@ -7,7 +7,7 @@ import time
 import click
 
 from surgery.checkpoint import Checkpoint
-from surgery.cli import terminal
+from surgery.cli import pushing, terminal
 from surgery.errors import printable
 from surgery.tensor import human_bytes
 
@@ -33,6 +33,7 @@ def write(
     if dry_run:
         terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
         return
+    to = pushing.look()
     began = time.monotonic()
     record = checkpoint.save(
         out, overwrite=overwrite, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
@@ -40,16 +41,19 @@ def write(
     )  # fmt: skip
     seconds = time.monotonic() - began
     nbytes = sum(file.size for file in plan.files)
+    pushed = pushing.push(out, to, quiet=quiet or as_json, progress=progress)
     if as_json:
         head = {key: value for key, value in record.items() if key not in ("schema", "tensors")}
         terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": nbytes,
-                           "seconds": round(seconds, 3), "notes": checkpoint.notes, **head})  # fmt: skip
+                           "seconds": round(seconds, 3), "notes": checkpoint.notes, **({"pushed": pushed} if pushed else {}), **head})  # fmt: skip
     elif quiet:
-        click.echo(printable(out))
+        click.echo(printable(pushed or out))
     else:
         done = ", ".join(f"{count:,} {kind}" for kind, count in plan.counts.items() if count)
         files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
         click.echo(f"wrote {printable(out)} ({human_bytes(nbytes)} in {files}; tensors: {done}) in {seconds:.1f} s")
+        if pushed:
+            click.echo(f"pushed to {printable(pushed)}")
         restored = record.get("restored")
         if restored and restored["proven_exact"]:  # none where no record says what the base was
             click.echo(
