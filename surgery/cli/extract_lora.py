@@ -93,6 +93,7 @@ class Rank(click.ParamType[int | str]):
 @options.overwrite
 @options.dry_run
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,

@@ -2,6 +2,7 @@
 
 ========================  =============================================================
 ``common``                every command: ``--json``, ``-q``, ``--debug``
+``no_cache``              commands that take ``hf://`` references: ``--no-cache``
 ``progress``              commands that read data
 ``writing``               commands that write: ``-o``, ``--overwrite``, ``--dry-run``
 ``resources``             ``--jobs``, ``--max-memory``
@@ -84,6 +85,19 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing 
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
 restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
 writing = _stack(output, overwrite, dry_run)
+
+
+def _leave_cache_alone(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from surgery.sources import hub
+
+        hub.leave_cache_alone()
+
+
+no_cache = click.option(
+    "--no-cache", is_flag=True, expose_value=False, callback=_leave_cache_alone,
+    help="Neither read from the Hugging Face cache nor fill it.",
+)  # fmt: skip
 
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",
                     help="Threads; all cores by default. The bytes written do not depend on it.")  # fmt: skip

@@ -140,12 +140,13 @@ class Api:
     def _info(self, request: Request, user: str | None, repo: Repo, rev: str = "main") -> Reply:
         commit = repo.commit_of(rev)
         assert commit is not None
+        described = request.query.get("blobs", ["false"])[0].lower() == "true"
         return of_json(
             {
                 "_id": "0", "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid,
                 "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
                 "downloads": 0, "likes": 0, "tags": [], "lastModified": _DATE, "createdAt": _DATE,
-                "siblings": [{"rfilename": path} for path in commit.files], "spaces": [],
+                "siblings": [_sibling(path, file, described) for path, file in commit.files.items()], "spaces": [],
             }
         )  # fmt: skip
 
@@ -323,6 +324,16 @@ _DATE = "2026-01-01T00:00:00.000Z"
 
 def _is_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def _sibling(path: str, file: File, described: bool) -> dict[str, Any]:
+    """Describe a file as a repository's own description does."""
+    if not described:
+        return {"rfilename": path}
+    found: dict[str, Any] = {"rfilename": path, "size": file.size, "blobId": file.oid}
+    if file.sha256 is not None:
+        found["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 134}
+    return found
 
 
 def _entry(path: str, file: File) -> dict[str, Any]:
