@@ -18,7 +18,7 @@ from surgery.formats.delta_manifest import MANIFEST
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
-from surgery.sources import local, memory
+from surgery.sources import folders, local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
 from surgery.writer import is_one_file
 
@@ -103,6 +103,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Number of floating-point elements: what people call parameters."""
         return sum(spec.numel for spec in self.specs.values() if spec.dtype.startswith(("F", "BF")))
 
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What a record says of where it was, beside its name; see :func:`surgery.sources.local.pinned`."""
+        return local.pinned(self.stored) if self.origin is None else {}
+
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor's recipe.
 
@@ -177,7 +182,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if single:
             return weights
         kept = lay_out(origin.kept, workers=1) if origin.kept else None
-        beside = [*map(len, origin.files.values()), *(path.stat().st_size for path in self._copies(origin).values())]
+        beside = [*map(len, origin.files.values()), *map(folders.size, self._copies(origin).values())]
         return replace(
             weights,
             bytes_written=weights.bytes_written + (kept.bytes_written if kept else 0) + sum(beside),
@@ -231,7 +236,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             overwrite=overwrite,
             sources=self.stored,
             files={} if single else origin.files,
-            copies={} if single else self._copies(origin),
+            copies={} if single else {name: folders.here(path) for name, path in self._copies(origin).items()},
             kept={} if single else origin.kept,
             work=self._work(),
             restart=restart,
@@ -285,7 +290,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return provenance.record(
             "save",
             parameters={},
-            inputs=[{"role": "source", "name": self.label}],
+            inputs=[{"role": "source", "name": self.label, **self.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )
 
@@ -357,7 +362,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if MANIFEST in stored.tensors:
         mend = "surgery merge BASE DELTA restores the fine-tune that it was made from"
         raise UsageError("is an exact delta, not a checkpoint", file=stored.path, mend=mend)
-    whole = stored.path.is_dir()
+    whole = folders.is_folder(stored.path)
     return Checkpoint(
         stored.tensors,
         label=stored.label,

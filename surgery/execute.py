@@ -20,6 +20,7 @@ from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
+from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
 
@@ -104,6 +105,7 @@ def run(
                     name, layout, output, {each: BlockDigests(plan.specs[each]) for each in layout.offsets}
                 )
         jobs = [job for job in plan.jobs if job.file in files]
+        expect(tensors[name] for file in files.values() for name in file.layout.offsets)
         watcher.start(sum(job.nbytes for job in jobs))
         try:
             _run_jobs(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# No test asks the real Hub; its client reads this when it is first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 
 from tests.loopback_hub import LoopbackHub
@@ -17,6 +20,9 @@ def loopback(tmp_path_factory, monkeypatch):
     what a subprocess needs. Its home and cache are empty folders of their own; timeouts are short.
     """
     from huggingface_hub import close_session, constants
+
+    from surgery.sources import http
+    from surgery.sources import hub as reading
 
     folder = tmp_path_factory.mktemp("hub")
     with LoopbackHub(folder) as hub:
@@ -54,8 +60,11 @@ def loopback(tmp_path_factory, monkeypatch):
         }.items():
             assert hasattr(constants, name), name
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(http, "PAUSE", 0.01)
+        monkeypatch.setattr(reading, "_STREAMED", False)
         hub.environment = dict(os.environ)
         close_session()
+        reading.forget()
         yield hub
         close_session()
 

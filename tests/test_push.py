@@ -8,6 +8,8 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -235,7 +237,7 @@ def test_a_damaged_folder_is_found_before_anything_travels(loopback, adapter):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(SurgeryError, match=r"not those that were recorded|fingerprint"):
+    with pytest.raises(SurgeryError, match="does not have the bytes that were recorded"):
         surgery.push(adapter, "t/adapter")
     assert loopback.seen == []
 
@@ -288,6 +290,22 @@ def test_a_bad_repository_id_is_refused_before_the_folder_is_read(loopback, adap
     assert loopback.seen == []
 
 
+@pytest.fixture
+def impatient(loopback, monkeypatch):
+    """Retry soon; and let calls that were left behind end before the next test."""
+    import huggingface_hub.utils._http as http
+
+    patient = http.time
+    soon = types.SimpleNamespace(sleep=lambda seconds: patient.sleep(min(seconds, 0.02)), time=patient.time)
+    monkeypatch.setattr(http, "time", soon)
+    yield
+    loopback.heal()
+    loopback.traffic.closed.set()
+    for thread in threading.enumerate():
+        if thread.name == "surgery-hub":
+            thread.join(30)
+
+
 def met(hub):
     return any(fault.met for fault in hub.traffic.faults)
 
@@ -306,6 +324,7 @@ REQUESTS = {
 FAULTS = ["drop", "stall", 401, 403, 404, 429, 503]
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_a_fault_at_any_request_costs_no_more_than_a_rerun(loopback, adapter, request_, fault):
@@ -327,6 +346,7 @@ def test_a_fault_at_any_request_costs_no_more_than_a_rerun(loopback, adapter, re
     assert "adapter_model.safetensors" in names_on(loopback)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", ["lost", "cut", 500, 502, 504])
 def test_a_commit_whose_answer_is_lost_is_found_not_repeated(loopback, adapter, fault):
     surgery.push(adapter, "t/adapter", message="first")
@@ -374,10 +394,10 @@ def test_the_command_line_pushes_what_it_makes(loopback, pair, tmp_path):
         (["t/x", "ADAPTER"], {}, 2, r"the folder comes first.*surgery push \S+ t/x"),
         (["ADAPTER", "t/x"], {"HF_HUB_OFFLINE": "1"}, 9, "HF_HUB_OFFLINE is set"),
         (["ADAPTER", "t/x"], {"HF_TOKEN": None}, 9, "there is no token"),
-        (["ADAPTER", "t/x"], {"HF_TOKEN": "hf_wrong"}, 9, "does not know this token"),
-        (["ADAPTER", "t/x"], {"HF_ENDPOINT": "http://example.com"}, 9, "over https only"),
+        (["ADAPTER", "t/x"], {"HF_TOKEN": "hf_wrong"}, 9, "does not accept this one"),
+        (["ADAPTER", "t/x"], {"HF_ENDPOINT": "http://example.com"}, 5, "not https"),
         (["ADAPTER", "t/gated"], {"HF_TOKEN": "READER"}, 9, "exists, and is public"),
-        (["ADAPTER", "t/gated", "--public"], {"HF_TOKEN": "READER"}, 9, "this token may not push"),
+        (["ADAPTER", "t/gated", "--public"], {"HF_TOKEN": "READER"}, 9, "this token may not"),
         (["ADAPTER", "someone/x"], {}, 9, "may not create it"),
     ],
 )

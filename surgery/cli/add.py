@@ -25,6 +25,7 @@ from surgery.tensor import human_bytes
 @click.option("--names-in-memory", is_flag=True, help="Name modules as transformers calls them once loaded.")
 @options.overwrite
 @options.dry_run
+@options.no_cache
 @options.common
 def command(
     method: str, checkpoint: str, target: tuple[str, ...], settings: tuple[str, ...], out: str | None, dtype: str, seed: int,

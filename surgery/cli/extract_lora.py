@@ -94,6 +94,7 @@ class Rank(click.ParamType[int | str]):
 @options.dry_run
 @options.push_to
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,

@@ -93,7 +93,8 @@ def surgery() -> None:
     A checkpoint is a folder, a .safetensors, .bin or .pt file. Results go to stdout, talk to stderr.
 
     Exit codes: 0 done, 1 differs (diff --exit-code), 2 usage, 3 malformed file, 4 inputs that do not belong together,
-    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 9 the Hub, 10 verification failed, 70 a bug,
+    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 9 the Hub refused or did not answer,
+    10 verification failed, 70 a bug,
     130 interrupted.
     """
 

@@ -27,6 +27,7 @@ from surgery.formats.tokenizer import FILE_STARTS
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 @mergekit_flags.accept
 def command(

@@ -2,6 +2,7 @@
 
 ========================  =============================================================
 ``common``                every command: ``--json``, ``-q``, ``--debug``
+``no_cache``              commands that take ``hf://`` references: ``--no-cache``
 ``progress``              commands that read data
 ``push_to``               commands that write: ``--push-to``, ``--public``; read by ``cli/pushing``
 ``writing``               commands that write a checkpoint: ``-o``, ``--overwrite``, ``--dry-run``, and ``push_to``
@@ -97,6 +98,19 @@ push_to = _stack(
     click.option("--public", is_flag=True, expose_value=False, callback=_keep, help="With --push-to: a public one."),
 )  # fmt: skip
 writing = _stack(output, overwrite, dry_run, push_to)
+
+
+def _leave_cache_alone(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from surgery.sources import hub
+
+        hub.leave_cache_alone()
+
+
+no_cache = click.option(
+    "--no-cache", is_flag=True, expose_value=False, callback=_leave_cache_alone,
+    help="Neither read from the Hugging Face cache nor fill it.",
+)  # fmt: skip
 
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",
                     help="Threads; all cores by default. The bytes written do not depend on it.")  # fmt: skip

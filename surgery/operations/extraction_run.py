@@ -24,6 +24,8 @@ from surgery.operations.extraction_measure import Found, Measurement, in_paralle
 from surgery.operations.extraction_plan import Extraction
 from surgery.operations.extraction_report import ExtractionReport
 from surgery.report import join_shown
+from surgery.sources.local import pinned
+from surgery.sources.remote import expect
 
 REACHED = 1e-3
 """Relative distance from the error asked for that counts as having reached it."""
@@ -37,6 +39,7 @@ def run_extraction(plan: Extraction, progress: execute.Progress) -> Adapter:
         measured.examine(name, plan.base.tensors[name])
         progress.advance(plan.base.tensors[name].spec.nbytes + plan.tuned[name].spec.nbytes)
 
+    expect(side[name] for name in plan.names for side in (plan.base.tensors, plan.tuned))
     progress.start(plan.bytes_read)
     try:
         in_parallel(largest_first(plan.base, plan.names), work, plan.settings.jobs)
@@ -118,8 +121,8 @@ def _record(
             "exact": settings.exact, "for": settings.server,
         },
         inputs=[
-            {"role": "base", "name": plan.base.label, "fingerprint": provenance.combine(before)},
-            {"role": "fine-tune", "name": plan.tuned_label, "fingerprint": provenance.combine(after)},
+            {"role": "base", "name": plan.base.label, **plan.base.pinned, "fingerprint": provenance.combine(before)},
+            {"role": "fine-tune", "name": plan.tuned_label, **pinned(plan.tuned_stored), "fingerprint": provenance.combine(after)},
         ],
         tensors={name: {"fingerprint": value} for name, value in outputs.items()},
         base=before,

@@ -59,9 +59,7 @@ class Contents:
 
     def _rewritten(self, name: str, path: Path, base_ids: Sequence[str]) -> bytes | None:
         if name == provenance.RECORD and self.record is not None:
-            head = {key: value for key, value in self.record.items() if key != "tensors"}
-            shortened = hub_files.without_paths(head)
-            return None if shortened == head else provenance.encode({**shortened, "tensors": self.record["tensors"]})
+            return provenance.encode(self.record)
         if name not in _REWRITTEN:
             return None
         changes = {}
@@ -121,6 +119,8 @@ def contents(path: str | os.PathLike[str], include: Sequence[str] = (), *, inclu
     files = {name: found[name] for name in sorted(taken - {model_card.FILE})}
     notes = [f"{hub_files.UNDO}/ stays here; --include-undo takes it along"] if undo and not include_undo else []
     record = read_record(real)
+    if record is not None:
+        record = {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
     return Contents(
         "adapter" if adapter else "model", real, files, record, config or local.read_config(real) or {}, card, notes
     )

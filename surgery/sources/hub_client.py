@@ -1,4 +1,4 @@
-"""Talking to the Hugging Face Hub: one client, one deadline, and errors in our own words.
+"""Writing to the Hugging Face Hub: its client, a deadline, and errors in our own words.
 
 Nothing here keeps a token: the client finds it where huggingface_hub does (``HF_TOKEN``, or the file that
 ``hf auth login`` wrote). The library's errors hold the request, and with it the token, so none of them is passed on or
@@ -7,7 +7,7 @@ chained: what is raised is a :class:`HubError` of plain words.
 
 from __future__ import annotations
 
-import os
+import logging
 import queue
 import re
 import threading
@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from surgery import __version__
 from surgery.errors import HubError, SurgeryError, UsageError
+from surgery.sources import http
+from surgery.sources.references import SCHEME, is_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_TOKEN = re.compile(r"hf_\w{8,}")
-_LIMIT = 300
+_PRIVATE = re.compile(r"hf_\w{8,}|\w+://\S+")
+_LIMIT = 200
 """Characters of a server's own words that are passed on."""
 
 
@@ -34,21 +34,17 @@ def client() -> HfApi:
     """Return the Hub's client.
 
     Raises:
-        HubError: offline mode, or an endpoint that a token must not be sent to.
+        HubError: offline mode.
+        UnsafeError: an endpoint that a token must not be sent to.
     """
-    import logging
-
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if constants.is_offline_mode():
-        raise HubError("HF_HUB_OFFLINE is set, so the Hub cannot be reached", mend="unset it")
-    where = urlsplit(constants.ENDPOINT)
-    if where.scheme != "https" and where.hostname not in _LOOPBACK:
-        raise HubError(f"HF_ENDPOINT is {constants.ENDPOINT}: a token is sent over https only", mend="use https://")
+    if http.is_offline():
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed", mend="unset it")
     disable_progress_bars()  # surgery shows its own, and says itself when there is nothing to commit
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return HfApi(library_name="surgery", library_version=__version__)
+    return HfApi(endpoint=http.endpoint(), library_name="checkpoint-surgery", library_version=__version__)
 
 
 def check_name(text: str) -> str:
@@ -60,11 +56,8 @@ def check_name(text: str) -> str:
     >>> check_name("hf://org/name")
     'org/name'
     """
-    name = text.removeprefix("hf://").removeprefix("https://huggingface.co/")
-    ok = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII) and not name.endswith(
-        (".git", "-", ".")
-    )
-    if not ok or "--" in name or ".." in name or len(name) > 96:
+    name = text.removeprefix(SCHEME)
+    if "/" not in name or len(name) > 96 or not is_repository(name):
         raise UsageError(
             f"{text!r} is no repository id like org/name", mend="letters, digits, '-', '_' and '.', up to 96"
         )
@@ -120,7 +113,7 @@ def in_our_words(name: str, doing: str) -> Iterator[None]:
     except SurgeryError as error:
         raise error.at(file=name) from None
     except client_errors() as error:
-        raise _translate(error, doing).at(file=name) from None
+        raise _translate(error, name, doing) from None
 
 
 def client_errors() -> tuple[type[Exception], ...]:
@@ -137,43 +130,27 @@ def status_of(error: BaseException) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def _translate(error: Exception, doing: str) -> SurgeryError:
-    from huggingface_hub import errors
-
-    status, said = status_of(error), _words(error)
-    if isinstance(error, errors.HFValidationError):
-        return UsageError("is no repository id like org/name")
-    if isinstance(error, errors.GatedRepoError):
-        return HubError("is gated, and this token has no access", mend="ask for access on its page")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HubError("has no such revision", mend="name a branch, a tag or a commit of it")
-    if isinstance(error, errors.EntryNotFoundError):
-        return HubError(f"lacks a file that is needed to {doing}{said}")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError("does not exist, or this token may not see it", mend="check the name; hf auth login")
-    if isinstance(error, errors.BadRequestError) or status == 400:
-        return HubError(f"the Hub refused the request to {doing}{said}")
-    if status == 401:
-        return HubError("the Hub does not know this token", mend="hf auth login, or set HF_TOKEN")
-    if status == 403:
-        return HubError(f"this token may not {doing}", mend="use one with write access")
+def _translate(error: Exception, name: str, doing: str) -> SurgeryError:
+    status = status_of(error)
+    if status is None:
+        return HubError(f"could not be reached to {doing}: {_said(error)}", file=name, mend="check the network")
     if status in (409, 412):
-        return HubError("somebody else pushed meanwhile, so nothing was committed", mend="look at it, and push again")
+        what = "somebody else pushed meanwhile, so nothing was committed"
+        return HubError(what, file=name, mend="look at it, and push again")
+    if status == 400:
+        return HubError(f"the Hub refused to {doing}: {_said(error)}", file=name)
+    if status == 403:
+        return HubError(f"this token may not {doing}", file=name, mend="use one with write access")
     if status == 429:
-        return HubError("the Hub asks to wait: too many requests", mend="try again in a few minutes")
-    if status is not None:
-        return HubError(f"the Hub answered {status} to the request to {doing}{said}", mend="try again later")
-    if isinstance(error, ValueError):
-        return HubError(f"the Hub's client refused to {doing}{said}")
-    return HubError(f"could not be reached to {doing}{said}", mend=f"check the network{_endpoint()}")
+        return HubError("the Hub asks to wait: too many requests", file=name, mend="try again in a few minutes")
+    if status >= 500:
+        return HubError(f"the Hub failed to {doing} (status {status})", file=name, mend="try again later")
+    return http.refusal(getattr(error, "response", None), name)
 
 
-def _words(error: Exception) -> str:
-    """Quote what the server or client said: its first line, without anything that looks like a token."""
-    said = getattr(error, "server_message", None) or str(error)
-    first = next((line.strip() for line in said.splitlines() if line.strip()), "")
-    return f": {_TOKEN.sub('<token>', first)[:_LIMIT]}" if first else ""
-
-
-def _endpoint() -> str:
-    return " and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else ""
+def _said(error: Exception) -> str:
+    """Quote what the server or the client said, without addresses, which may be signed, and tokens."""
+    words = getattr(error, "server_message", None) or str(error)
+    first = next((line.strip() for line in words.splitlines() if line.strip()), "")
+    known = http.describe(error)
+    return known if not first or "failed (" not in known else _PRIVATE.sub("…", first)[:_LIMIT]

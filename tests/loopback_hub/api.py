@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
+
 from tests.loopback_hub.lfs import Store
 from tests.loopback_hub.repos import Commit, Conflict, File, Repo, is_large
 from tests.loopback_hub.wire import Reply, Request, of_json, refusal
@@ -140,12 +142,13 @@ class Api:
     def _info(self, request: Request, user: str | None, repo: Repo, rev: str = "main") -> Reply:
         commit = repo.commit_of(rev)
         assert commit is not None
+        described = request.query.get("blobs", ["false"])[0].lower() == "true"
         return of_json(
             {
                 "_id": "0", "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid,
                 "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
                 "downloads": 0, "likes": 0, "tags": [], "lastModified": _DATE, "createdAt": _DATE,
-                "siblings": [{"rfilename": path} for path in commit.files], "spaces": [],
+                "siblings": [_sibling(path, file, described) for path, file in commit.files.items()], "spaces": [],
             }
         )  # fmt: skip
 
@@ -325,6 +328,16 @@ def _is_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
+def _sibling(path: str, file: File, described: bool) -> dict[str, Any]:
+    """Describe a file as a repository's own description does."""
+    if not described:
+        return {"rfilename": path}
+    found: dict[str, Any] = {"rfilename": path, "size": file.size, "blobId": file.oid}
+    if file.sha256 is not None:
+        found["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 134}
+    return found
+
+
 def _entry(path: str, file: File) -> dict[str, Any]:
     """Describe a file as trees do."""
     entry: dict[str, Any] = {"type": "file", "path": path, "oid": file.oid, "size": file.size}
@@ -333,3 +346,10 @@ def _entry(path: str, file: File) -> dict[str, Any]:
     if file.xet_hash is not None:
         entry["xetHash"] = file.xet_hash
     return entry
+
+
+def _card(commit: Commit) -> dict[str, object] | None:
+    """Read the metadata of the card, as the Hub's model information has it."""
+    card = commit.files.get("README.md")
+    found = re.match(r"---\n(.*?)^---", (card.content or b"").decode(), re.DOTALL | re.MULTILINE) if card else None
+    return yaml.safe_load(found[1]) if found else None
