@@ -117,11 +117,11 @@ def in_our_words(name: str, doing: str) -> Iterator[None]:
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """Return what the client raises: errors of its own, of its transport, of Xet, of the system."""
+    """Return what a call of the client raises: its own errors, the transport's, Xet's, the system's, and a deadline's."""
     import huggingface_hub.utils as library
 
     httpx: Any = library.httpx  # type: ignore[attr-defined]  # httpx2 from version 2 on
-    return (OSError, ValueError, RuntimeError, httpx.HTTPError, httpx.InvalidURL)
+    return (HubError, OSError, ValueError, RuntimeError, httpx.HTTPError, httpx.InvalidURL)
 
 
 def status_of(error: BaseException) -> int | None:

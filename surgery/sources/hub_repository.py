@@ -172,7 +172,7 @@ class Repository:
                         parent_commit=parent, create_pr=self._create_pr,
                     )
                 )  # fmt: skip
-            except (*client_errors(), HubError) as error:
+            except client_errors() as error:
                 return self._after_a_lost_answer(error, title, parent)
         return self._pushed(made, parent)
 
@@ -192,7 +192,7 @@ class Repository:
         self.deadline = Deadline(_GRACE)
         try:
             last = self._call(lambda: self._api.list_repo_commits(self.name, revision=self.revision))
-        except (*client_errors(), HubError):
+        except client_errors():
             raise HubError(
                 "the Hub's answer was lost: the commit may have been made or not",
                 mend="the same command finds out, and commits only what is missing",

@@ -149,6 +149,7 @@ class Api:
                 "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
                 "downloads": 0, "likes": 0, "tags": [], "lastModified": _DATE, "createdAt": _DATE,
                 "siblings": [_sibling(path, file, described) for path, file in commit.files.items()], "spaces": [],
+                "cardData": _card(commit),
             }
         )  # fmt: skip
 
