@@ -91,7 +91,7 @@ def _metadata(subject: Subject) -> dict[str, Any]:
         "model": (
             "merge" if _merges_models(subject) else "finetune",
             "transformers" if "architectures" in subject.config else None,
-            ["merge"] if subject.operation == "merge" else [],
+            ["merge"] if _merges_models(subject) else [],
         ),
     }[subject.kind]
     if subject.kind == "adapter":
