@@ -388,6 +388,43 @@ def test_the_command_line_pushes_what_it_makes(loopback, pair, tmp_path):
     assert leaks == []
 
 
+def test_a_merge_is_pushed_file_by_file_and_leaves_nothing_here(loopback, pair, tmp_path):
+    merged = surgery.merge(*pair, algorithm="linear")
+    merged.save(tmp_path / "whole", max_shard_size=12_000)
+    here = set(tmp_path.iterdir())
+    words = ["merge", *pair, "--algorithm", "linear", "--max-shard-size", "12KB", "--push-to", "t/m", "--stream"]
+    done = run(loopback, *words, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert set(tmp_path.iterdir()) == here
+    for path in (tmp_path / "whole").iterdir():
+        assert loopback.read("t/m", path.name) == path.read_bytes(), path.name
+    assert names_on(loopback, "t/m") == {path.name for path in (tmp_path / "whole").iterdir()} | {"README.md"}
+
+
+def test_a_streamed_push_that_fails_commits_nothing(loopback, pair, tmp_path):
+    loopback.fault(403, REQUESTS["commit"].replace("adapter", "m"))
+    done = run(loopback, "merge", *pair, "--algorithm", "linear", "--push-to", "t/m", "--stream", TMPDIR=str(tmp_path))
+    assert done.returncode == 9
+    assert "this token may not push to it" in done.stderr
+    assert names_on(loopback, "t/m") == set()
+    assert not any(path.name.startswith("surgery-") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stream"], "--stream says nothing without --push-to"),
+        (["--stream", "--push-to", "t/m", "-o", "out"], "--stream writes nothing here: drop -o"),
+        (["--push-to", "t/m"], "no output is named: say -o FOLDER"),
+        (["-o", "out", "--public"], "--public says nothing without --push-to"),
+    ],
+)
+def test_outputs_that_make_no_sense_are_refused(loopback, pair, words, said):
+    done = run(loopback, "merge", *pair, "--algorithm", "linear", *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "environment", "code", "said"),
     [

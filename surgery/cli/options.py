@@ -79,25 +79,36 @@ progress = click.option(
     help="A bar on a terminal, a line a shard elsewhere.",
 )
 
-output = click.option("-o", "--output", "out", type=click.Path(), required=True,
-                      help="A folder; one file where it ends in .safetensors.")  # fmt: skip
-
-overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one atomic exchange.")
-dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
-restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
-
 
 def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     """Keep a value for ``cli/pushing``, which every command that writes calls."""
     ctx.meta[f"surgery.{param.name}"] = value
 
 
+def _require_output(ctx: click.Context, _param: click.Parameter, value: str | None) -> str:
+    """Do without an output only where it goes to the Hub as it is made."""
+    streamed = ctx.meta.get("surgery.stream")
+    if (value is None) != bool(streamed):
+        what = "--stream writes nothing here" if streamed else "no output is named"
+        raise click.UsageError(f"{what}: {'drop' if streamed else 'say'} -o FOLDER", ctx)
+    return value or ""
+
+
+output = click.option("-o", "--output", "out", type=click.Path(), callback=_require_output,
+                      help="A folder; one file where it ends in .safetensors.")  # fmt: skip
+stream = click.option("--stream", is_flag=True, is_eager=True, expose_value=False, callback=_keep,
+                      help="With --push-to, and no -o: push each file as it is made, and keep none here.")  # fmt: skip
+
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one atomic exchange.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
+restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
+
 push_to = _stack(
     click.option("--push-to", metavar="ORG/NAME", expose_value=False, callback=_keep,
                  help="Then push it to this repository on the Hub, private unless --public."),
     click.option("--public", is_flag=True, expose_value=False, callback=_keep, help="With --push-to: a public one."),
 )  # fmt: skip
-writing = _stack(output, overwrite, dry_run, push_to)
+writing = _stack(output, overwrite, dry_run, push_to, stream)
 
 
 def _leave_cache_alone(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:

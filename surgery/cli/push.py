@@ -69,9 +69,9 @@ def command(path: str, repo: str, dry_run: bool, as_json: bool, quiet: bool, pro
     elif quiet:
         click.echo(printable(where))
     else:
-        done = f"pushed {human_bytes(push.nbytes)} to" if made.changed else "nothing has changed since"
+        done = f"pushed {human_bytes(push.commit.nbytes)} to" if made.changed else "nothing has changed since"
         click.echo(f"{done} {printable(where)}")
-        terminal.notes(push.notes)
+        terminal.notes(push.commit.notes)
 
 
 def _show_plan(push: Push, *, as_json: bool) -> None:
@@ -79,7 +79,7 @@ def _show_plan(push: Push, *, as_json: bool) -> None:
         terminal.document(push.document())
         return
     _show_commit(push)
-    terminal.notes(push.notes)
+    terminal.notes(push.commit.notes)
 
 
 def _show_commit(push: Push) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,7 @@ from surgery.cli import terminal
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
     from surgery.operations.push import Destination
 
 
@@ -24,8 +25,9 @@ def look() -> Destination | None:
     meta = click.get_current_context().meta
     name, public = meta.get("surgery.push_to"), bool(meta.get("surgery.public"))
     if name is None:
-        if public:
-            raise UsageError("--public says nothing without --push-to")
+        for option in ("public", "stream"):
+            if meta.get(f"surgery.{option}"):
+                raise UsageError(f"--{option} says nothing without --push-to")
         return None
     # This brings huggingface_hub, which nobody else must pay for.
     from surgery.operations.push import destination
@@ -42,5 +44,15 @@ def push(out: str, to: Destination | None, *, base_id: Sequence[str] = (), quiet
     planned = plan_push(out, to, base_id=base_id)
     made = planned.run(terminal.watcher(progress, quiet=quiet, what="push"))
     if not quiet:
-        terminal.notes(planned.notes)
+        terminal.notes(planned.commit.notes)
+    return made.url
+
+
+def stream(checkpoint: Checkpoint, to: Destination | None, **how: Any) -> str:
+    """Push a checkpoint as it is made, and return where it is."""
+    from surgery.operations.push_stream import push_stream
+
+    assert to is not None  # look() has refused --stream without --push-to
+    made, commit = push_stream(checkpoint, to, **how)
+    terminal.notes(commit.notes)
     return made.url

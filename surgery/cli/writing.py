@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import click
 
 from surgery.checkpoint import Checkpoint
 from surgery.cli import pushing, terminal
 from surgery.errors import printable
+from surgery.plan import Plan
 from surgery.tensor import human_bytes
 
 
@@ -29,12 +31,19 @@ def write(
     finish: bool = False,
 ) -> None:
     """Save a lazy checkpoint and report, or print its plan."""
-    plan = checkpoint.plan(out, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+    plan = checkpoint.plan(out or None, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
     if dry_run:
         terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
         return
     to = pushing.look()
     began = time.monotonic()
+    if not out:
+        done = pushing.stream(
+            checkpoint, to, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
+            progress=terminal.watcher(progress, quiet=quiet, what=verb),
+        )  # fmt: skip
+        _say_streamed(done, plan, time.monotonic() - began, as_json=as_json, quiet=quiet, notes=checkpoint.notes)
+        return
     record = checkpoint.save(
         out, overwrite=overwrite, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
         restart=restart, finish=finish, progress=terminal.watcher(progress, quiet=quiet, what=verb),
@@ -60,3 +69,15 @@ def write(
                 f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
             )
         terminal.notes(checkpoint.notes)
+
+
+def _say_streamed(url: str, plan: Plan, seconds: float, *, as_json: bool, quiet: bool, notes: Sequence[str]) -> None:
+    if as_json:
+        terminal.document({"schema": "surgery.push/1", "pushed": url, "tensors": dict(plan.counts),
+                           "bytes": sum(file.size for file in plan.files), "seconds": round(seconds, 3), "notes": list(notes)})  # fmt: skip
+    elif quiet:
+        click.echo(printable(url))
+    else:
+        nbytes = human_bytes(sum(file.size for file in plan.files))
+        click.echo(f"pushed {nbytes} as they were made to {printable(url)} in {seconds:.1f} s")
+        terminal.notes(notes)

@@ -41,12 +41,29 @@ class Destination:
         """``org/name``."""
         return self.repository.name
 
+    def allow(self, nbytes: int, timeout: float | None = None) -> None:
+        """Begin to count the time for ``nbytes`` now: it may have been looked at long before there was anything to send."""
+        self.repository.deadline = Deadline(PATIENCE + nbytes / _SPEED if timeout is None else timeout)
+
+    def refuse_other_kind(self, kind: str) -> None:
+        """Refuse to put something beside weights of another kind.
+
+        Raises:
+            HubError: there are some.
+        """
+        other = hub_files.kinds_in(self.state.files) - {kind}
+        if other:
+            held = " and ".join(_WHAT[name] for name in sorted(other))
+            raise HubError(
+                f"holds {held}; {_WHAT[kind]} beside it would confuse whoever loads it", file=self.name,
+                mend="push to another repository, or to a branch of its own with --revision",
+            )  # fmt: skip
+
 
 @dataclass(frozen=True)
-class Push:
-    """A push that is planned and not yet made."""
+class Commit:
+    """What a commit will add and delete."""
 
-    destination: Destination
     kind: str
     files: tuple[File, ...]
     deletions: tuple[str, ...]
@@ -58,10 +75,18 @@ class Push:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
+
+@dataclass(frozen=True)
+class Push:
+    """A push that is planned and not yet made."""
+
+    destination: Destination
+    commit: Commit
+
     def table(self) -> Table:
         """Show the commit."""
-        rows = [("add", file.name, human_bytes(file.size)) for file in self.files]
-        rows += [("delete", name, "") for name in self.deletions]
+        rows = [("add", file.name, human_bytes(file.size)) for file in self.commit.files]
+        rows += [("delete", name, "") for name in self.commit.deletions]
         return Table("", ("", "file", "bytes"), tuple(rows))
 
     @property
@@ -70,16 +95,18 @@ class Push:
         state = self.destination.state
         how = "private" if self.destination.private else "public"
         branch = f" at {self.destination.repository.revision}" if self.destination.repository.revision else ""
-        return f"commit to {self.destination.name}{branch} ({how}{'' if state.exists else ', new'}): {self.title}"
+        return (
+            f"commit to {self.destination.name}{branch} ({how}{'' if state.exists else ', new'}): {self.commit.title}"
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the plan, for ``--json``."""
         return {
             "schema": "surgery.push/1", "repository": self.destination.name,
             "revision": self.destination.repository.revision, "private": self.destination.private,
-            "new": not self.destination.state.exists, "kind": self.kind, "message": self.title,
-            "add": {file.name: file.size for file in self.files}, "delete": list(self.deletions),
-            "bytes": self.nbytes, "notes": self.notes,
+            "new": not self.destination.state.exists, "kind": self.commit.kind, "message": self.commit.title,
+            "add": {file.name: file.size for file in self.commit.files}, "delete": list(self.commit.deletions),
+            "bytes": self.commit.nbytes, "notes": self.commit.notes,
         }  # fmt: skip
 
     def run(self, progress: Progress | None = None) -> Pushed:
@@ -91,15 +118,15 @@ class Push:
         progress = progress or Silent()
         repository = self.destination.repository
         parent = repository.prepare(self.destination.state, private=self.destination.private)
-        large = [file for file in self.files if file.size > LARGE]
-        progress.start(self.nbytes)
+        large = [file for file in self.commit.files if file.size > LARGE]
+        progress.start(self.commit.nbytes)
         try:
             for number, file in enumerate(large, 1):
                 repository.send(file)
                 progress.advance(file.size)
                 progress.shard(file.name, number, len(large))
-            small = [file for file in self.files if file.size <= LARGE]
-            return repository.commit(small, self.deletions, self.title, parent=parent)
+            small = [file for file in self.commit.files if file.size <= LARGE]
+            return repository.commit(small, self.commit.deletions, self.commit.title, parent=parent)
         finally:
             progress.finish()
 
@@ -180,25 +207,47 @@ def plan_push(
     found = contents(path, include, include_undo=include_undo)
     if found.record is not None or found.kind == "model":
         verify(path)
+    if not isinstance(to, Destination):
+        to = destination(to, private=private, revision=revision, create_pr=create_pr)
+    commit = plan_commit(found, to, message=message, base_id=base_id, licence=licence)
+    to.allow(commit.nbytes, timeout)
+    return Push(to, commit)
+
+
+def plan_commit(
+    found: Contents,
+    to: Destination,
+    *,
+    message: str | None = None,
+    base_id: str | Sequence[str] = (),
+    licence: str | None = None,
+    sent: Sequence[str] = (),
+) -> Commit:
+    """Decide what a commit adds and deletes, and write the card; see :func:`plan_push`.
+
+    Args:
+        found: what lies here.
+        to: where it goes.
+        message: the title.
+        base_id: Hub ids of the bases.
+        licence: as the Hub spells it.
+        sent: weights that are there already, waiting for the commit.
+    """
     bases = tuple(check_name(name) for name in ([base_id] if isinstance(base_id, str) else base_id))
-    files = list(found.prepared(bases))
-    whole = PATIENCE + sum(file.size for file in files) / _SPEED if timeout is None else timeout
-    if isinstance(to, Destination):
-        to.repository.deadline = Deadline(whole)  # it was looked at before what is pushed was made
-    else:
-        to = destination(to, private=private, revision=revision, create_pr=create_pr, timeout=whole)
-    _refuse_other_kind(found.kind, to)
-    notes = list(found.notes)
+    to.refuse_other_kind(found.kind)
+    files, notes = list(found.prepared(bases)), list(found.notes)
     card = _card(found, to, bases, licence, notes)
     if card is not None:
         hub_files.refuse_secrets(model_card.FILE, card.decode(), os.path.expanduser("~"))
         files.append(File(model_card.FILE, card))
-    names = {file.name for file in files}
-    stale = [
-        name for name in to.state.files if found.kind != "delta" and hub_files.is_weights(name) and name not in names
-    ]
-    title = _title(message, found)
-    return Push(to, found.kind, tuple(sorted(files, key=lambda file: file.name)), tuple(stale), title, notes)
+    kept = {*sent, *(file.name for file in files)}
+    stale = (
+        ()
+        if found.kind == "delta"
+        else [name for name in to.state.files if hub_files.is_weights(name) and name not in kept]
+    )
+    files.sort(key=lambda file: file.name)
+    return Commit(found.kind, tuple(files), tuple(stale), _title(message, found), notes)
 
 
 def push(path: str | os.PathLike[str], to: str, *, progress: Progress | None = None, **options: Any) -> Pushed:
@@ -214,16 +263,6 @@ def push(path: str | os.PathLike[str], to: str, *, progress: Progress | None = N
         The commit.
     """
     return plan_push(path, to, **options).run(progress)
-
-
-def _refuse_other_kind(kind: str, to: Destination) -> None:
-    other = hub_files.kinds_in(to.state.files) - {kind}
-    if other:
-        held = " and ".join(_WHAT[name] for name in sorted(other))
-        raise HubError(
-            f"holds {held}; {_WHAT[kind]} beside it would confuse whoever loads it", file=to.name,
-            mend="push to another repository, or to a branch of its own with --revision",
-        )  # fmt: skip
 
 
 def _card(

@@ -118,12 +118,31 @@ def contents(path: str | os.PathLike[str], include: Sequence[str] = (), *, inclu
     card = (real / model_card.FILE).read_bytes() if model_card.FILE in found else None
     files = {name: found[name] for name in sorted(taken - {model_card.FILE})}
     notes = [f"{hub_files.UNDO}/ stays here; --include-undo takes it along"] if undo and not include_undo else []
-    record = read_record(real)
-    if record is not None:
-        record = {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
+    record = _shortened(read_record(real))
     return Contents(
         "adapter" if adapter else "model", real, files, record, config or local.read_config(real) or {}, card, notes
     )
+
+
+def contents_of_parts(folder: Path) -> Contents:
+    """Look at a model's folder whose weights are on the Hub already."""
+    found = {
+        name: path
+        for name, path in _walk(folder)
+        if hub_files.is_known(name) or name.endswith(".safetensors.index.json")
+    }
+    card = found.pop(model_card.FILE, None)
+    return Contents(
+        "model", folder, found, _shortened(read_record(folder)), local.read_config(folder) or {},
+        None if card is None else card.read_bytes(),
+    )  # fmt: skip
+
+
+def _shortened(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Take the folders out of a record's paths."""
+    if record is None:
+        return None
+    return {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
 
 
 def _delta(path: Path) -> Contents:
