@@ -261,6 +261,12 @@ def push(path: str | os.PathLike[str], to: str, *, progress: Progress | None = N
 
     Returns:
         The commit.
+
+    Raises:
+        UsageError: no repository id, stray files, an adapter whose base has no id on the Hub, licences that differ.
+        UnsafeError: secrets, pickled weights, links that lead outside.
+        VerificationError: the folder is not what its record says.
+        HubError: offline, no access, the wrong visibility, something of another kind there, or somebody else pushed.
     """
     return plan_push(path, to, **options).run(progress)
 
