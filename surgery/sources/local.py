@@ -96,12 +96,17 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
     """
     path = resolve(ref)
     stored = StoredWeights(path, _label(ref, path), {}, {}, [])
-    if folders.is_folder(path):
-        _open_folder(stored, adapter=adapter, follow_links=follow_links)
-    else:
-        add_file(stored, path, path.name)
-    if adapter and not stored.tensors:
-        raise FormatError("holds no tensors", file=path)
+    try:
+        if folders.is_folder(path):
+            _open_folder(stored, adapter=adapter, follow_links=follow_links)
+        else:
+            add_file(stored, path, path.name)
+        if adapter and not stored.tensors:
+            raise FormatError("holds no tensors", file=path)
+    except SurgeryError as error:
+        if references.is_hub_reference(ref) and error.file is not None:  # where it is cached means nothing to anybody
+            error.file = error.file.replace(os.fspath(path), os.fspath(ref))
+        raise
     return stored
 
 
