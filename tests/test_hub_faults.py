@@ -19,7 +19,7 @@ from surgery.sources import hub as reading
 from surgery.sources import remote
 
 DEADLINE = 20.0
-"""Seconds. A run that hangs would take for ever; timeouts are one second here, and pauses a hundredth."""
+"""Seconds. A run that hangs would take for ever; timeouts are a few seconds here, and pauses a hundredth."""
 
 MENDED = ["drop", "lost", "cut", "short", "long", "wrong-range", "moved", 429, 503]
 """What may pass, and then everything is as it should be."""
@@ -42,6 +42,14 @@ def pair(loopback, tmp_path):
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
         loopback.add(f"t/{name}", tmp_path / name, private=True)
     return loopback
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Wait one second for a server."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
 
 
 @pytest.fixture
@@ -130,7 +138,7 @@ def test_what_does_not_pass_ends_before_long(pair, run, kind, match):
 
 
 @pytest.mark.parametrize("kind", ["stall", "stall-body"])
-def test_a_server_that_says_nothing_more_is_asked_again(pair, run, good, tmp_path, kind):
+def test_a_server_that_says_nothing_more_is_asked_again(pair, run, good, impatient, tmp_path, kind):
     for match in ("revision", "config.json", "GET /[0-9a-f]{64}"):
         pair.fault(kind, match)
         assert run() == (0, [])
@@ -138,7 +146,7 @@ def test_a_server_that_says_nothing_more_is_asked_again(pair, run, good, tmp_pat
         pair.heal()
 
 
-def test_a_server_that_never_says_anything_is_given_up(pair, run):
+def test_a_server_that_never_says_anything_is_given_up(pair, run, impatient):
     pair.fault("stall", "GET /[0-9a-f]{64}", times=None)
     code, (error,) = run()
     assert code == 9

@@ -125,7 +125,7 @@ def get_bytes(url: str, what: str, *, limit: int, check: Callable[[bytes], bool]
         except Passing as error:
             patience.spend(str(error), error.wait)
         except _network_errors() as error:
-            patience.spend(_describe(error))
+            patience.spend(describe(error))
         else:
             return bytes(data)
 
@@ -180,7 +180,7 @@ class RangeReader:
             except Passing as error:
                 patience.spend(str(error), error.wait)
             except _network_errors() as error:
-                patience.spend(_describe(error))
+                patience.spend(describe(error))
 
     def _check(self, answer: Any, start: int, stop: int) -> None:
         """Refuse any answer but 206 with exactly the range that was asked for."""
@@ -216,7 +216,7 @@ class RangeReader:
                 except Passing as error:
                     patience.spend(str(error), error.wait)
                 except _network_errors() as error:
-                    patience.spend(_describe(error))
+                    patience.spend(describe(error))
             if not 300 <= answer.status_code < 400 or not location:
                 return url, True
             url = urljoin(url, location)
@@ -316,7 +316,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
     return (httpx.TransportError, httpx.DecodingError, httpx.RemoteProtocolError)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Name what happened to a connection; the library's own words may hold an address with a signature."""
     name = type(error).__name__
     known = {
