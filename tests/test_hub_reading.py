@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch  # noqa: F401  imported before a command is timed out for it
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from fixtures import real_pair
 from surgery.cli.main import main
 from surgery.errors import FormatError, HubError, UnsafeError, UsageError
 from surgery.sources import hub as reading
@@ -135,6 +136,37 @@ def test_a_targeted_extraction_fetches_only_the_tensors_it_needs(pair, tmp_path,
     assert remote_factors.keys() == local_factors.keys()
     for name, factor in local_factors.items():
         np.testing.assert_array_equal(remote_factors[name], factor)
+
+
+def test_a_real_pair_needs_few_requests_and_few_bytes(loopback, tmp_path):
+    sides = {"base": real_pair.base(), "ft": real_pair.tuned()}
+    for name, folder in sides.items():
+        loopback.add(f"t/{name}", {file: (folder / file).read_bytes() for file in ("model.safetensors", "config.json")})
+    with loopback.watch() as seen:
+        assert (
+            run("extract-lora", "hf://t/base", "hf://t/ft", "-r", 8, "--target", "*attention*", "-o", tmp_path / "a")
+            == 0
+        )
+    wanted = [spans(folder / "model.safetensors", "attention") for folder in sides.values()]
+    needed = sum(stop - start for runs in wanted for start, stop in runs)
+    assert sum(request.wire for request in seen) <= 1.2 * needed
+    assert len(seen) <= sum(map(len, wanted)) + 3 * 4
+    assert needed < 0.3 * sum((folder / "model.safetensors").stat().st_size for folder in sides.values())
+
+
+def test_a_large_file_comes_by_xet_where_the_client_can(loopback_xet, tmp_path):
+    folder, api = model(tmp_path / "base", 0), HfApi()
+    api.create_repo("t/base")
+    made = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    api.create_commit("t/base", made, commit_message="by Xet")
+    checkpoint = surgery.open("hf://t/base")
+    name = "model.layers.3.mlp.up_proj.weight"
+    np.testing.assert_array_equal(checkpoint[name].numpy(), load_file(folder / "model.safetensors")[name])
+    with loopback_xet.watch() as seen:
+        assert run("convert", "hf://t/base", "-o", tmp_path / "copy", "--dtype", "F32") == 0
+    assert any("xet-read-token" in request.path for request in seen)
+    copied, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "copy", folder))
+    assert all(np.array_equal(copied[name], wanted[name]) for name in wanted)
 
 
 def test_the_record_names_the_commits_that_were_read(pair, tmp_path):

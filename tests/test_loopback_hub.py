@@ -203,9 +203,7 @@ made = CommitOperationAdd("model.safetensors", {bytes([number])!r} * 70_000)
 HfApi().create_commit("t/model", [made], commit_message="{number}")
 print(open(hf_hub_download("t/model", "model.safetensors"), "rb").read(1))
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == repr(bytes([number]))
         assert hub.read("t/model", "model.safetensors") == bytes([number]) * 70_000

@@ -367,7 +367,9 @@ def test_a_model_is_found_in_the_hugging_face_cache(models, tmp_path, monkeypatc
     for reference in ("some/model", "some/model@main", "some/model@0123456"):
         result = merged(f"{{models: [{{model: {reference}}}], merge_method: passthrough}}")
         assert same(result["lm_head.weight"], a["lm_head.weight"])
-    with pytest.raises(SurgeryError, match=r"some/model@other is no folder here; HF_HUB_OFFLINE is set, and it is not in the"):
+    with pytest.raises(
+        SurgeryError, match=r"some/model@other is no folder here; HF_HUB_OFFLINE is set, and it is not in the"
+    ):
         merged("{models: [{model: some/model@other}], merge_method: passthrough}")
 
 

@@ -8,6 +8,7 @@ there and what is fetched whole is found by others. Small files are checked agai
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -95,6 +96,7 @@ class Snapshot:
         """Have the client download a file into the cache, and note what the revision stood for."""
         from huggingface_hub import hf_hub_download
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is tried again here
         shown, found = self._shown(name), None
         patience = http.Patience(shown)
         while found is None:
