@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  imported before a command is timed out for it
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from safetensors.numpy import load_file, save_file
 
@@ -274,6 +274,28 @@ def test_recipes_find_models_on_the_hub(pair, tmp_path, monkeypatch):
         np.testing.assert_allclose(mean[name], (base[name].astype("f8") + tuned[name]) / 2, rtol=1e-6)
     record = json.loads((tmp_path / "mean" / "surgery.json").read_text())
     assert all(len(entry["revision"]) == 40 for entry in record["inputs"])
+
+
+def test_a_folder_in_a_repository_is_a_checkpoint_of_its_own(pair, tmp_path):
+    files = {f"unet/{path.name}": path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    commit = pair.add("t/many", files).oid
+    assert len(surgery.open("hf://t/many@main/unet")) == 5 * LAYERS + 1
+    assert run("convert", "hf://t/many/unet", "-o", tmp_path / "copy", "--dtype", "F16") == 0
+    assert json.loads((tmp_path / "copy" / "surgery.json").read_text())["inputs"] == [
+        {"role": "source", "name": "t/many", "revision": commit}
+    ]
+    reading.forget()
+    assert len(surgery.open("hf://t/many/unet")) == 5 * LAYERS + 1  # from the cache
+
+
+def test_pickled_weights_are_read_by_ranges_too(loopback, tmp_path):
+    tensors = {name: torch.randn(300, 300) for name in "abc"}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    loopback.add("t/old", {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()})
+    with loopback.watch() as seen:
+        found = surgery.open("hf://t/old")["b"]
+    assert torch.equal(found, tensors["b"])
+    assert sum(request.sent for request in seen) < 1.1 * found.numel() * 4
 
 
 def test_verify_reads_the_hub(pair, tmp_path):

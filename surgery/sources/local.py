@@ -55,10 +55,8 @@ class StoredWeights:
     @property
     def revision(self) -> str | None:
         """The commit, where the files are of a repository on the Hub."""
-        for place in (self.path, self.path.parent):
-            if cached_name(place):
-                return place.name
-        return None
+        snapshot = _snapshot_of(self.path)
+        return snapshot.name if snapshot and cached_name(snapshot) else None
 
     def state(self) -> str:
         """Name the files and their states: another text once any of them was changed."""
@@ -163,6 +161,11 @@ def cached_name(path: Path) -> str | None:
     return found[1].replace("--", "/") if found else None
 
 
+def _snapshot_of(path: Path) -> Path | None:
+    """Find the snapshot of a Hugging Face cache that a file or folder lies in, or is."""
+    return next((place for place in (path, *path.parents) if place.parent.name == "snapshots"), None)
+
+
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
     folder = stored.path
     members = [name for name, _ in folders.members(folder) if not name.startswith(".")]
@@ -252,8 +255,8 @@ def _inside(folder: Path, name: str, follow_links: bool) -> Path:
         return folder / name
     real = Path(os.path.realpath(folder / name))
     homes = [folder]
-    if folder.parent.name == "snapshots":
-        repo = folder.parent.parent
+    if snapshot := _snapshot_of(folder):
+        repo = snapshot.parent.parent
         homes += [repo / "blobs", repo.parent / "blobs"]
     if not follow_links and not any(real.is_relative_to(home) for home in homes):
         raise UnsafeError(
@@ -311,6 +314,7 @@ def _pickled(file: StoredFile, notes: list[str]) -> dict[str, LazyTensor]:
     notes += more
     if not found:
         raise FormatError("holds no tensors")
+    file.learn(value.storage[0] for value in found.values())
     return {name: _pickled_tensor(name, value, file) for name, value in found.items()}
 
 
