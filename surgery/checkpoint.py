@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-"""What operations take for a checkpoint: a path, a state dict in memory, or a :class:`Checkpoint`."""
+"""What operations take for a checkpoint: a path or ``hf://org/name``, a state dict in memory, or a :class:`Checkpoint`."""
 
 Record = Callable[[Mapping[str, str]], dict[str, Any]]
 """Composes an output's provenance from the fingerprints of its tensors."""
@@ -342,12 +342,14 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     """Open a checkpoint: headers are read and checked, data is not.
 
     Args:
-        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a state dict, or a :class:`Checkpoint`.
+        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, ``hf://org/name@revision``, a state dict, or a
+            :class:`Checkpoint`.
         follow_links: accept links that lead out of a folder.
 
     Raises:
         UsageError: neither a path nor a state dict.
         FormatError: malformed, incomplete, or nothing there.
+        HubError: the Hub refuses, or does not answer.
         MismatchError: two weight sets in one folder.
         UnsafeError: a pickle that would run code, or a path that leads outside.
 

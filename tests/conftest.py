@@ -17,7 +17,8 @@ def loopback(tmp_path_factory, monkeypatch):
     """Run a loopback Hub that the Hub's client in this process uses, as user ``t``.
 
     The client reads its environment when it is imported, so its constants are set as well. ``loopback.environment`` is
-    what a subprocess needs. Its home and cache are empty folders of their own; timeouts are short.
+    what a subprocess needs. Its home and cache are empty folders of their own; timeouts are three seconds here, and the
+    usual ones in a subprocess.
     """
     from huggingface_hub import close_session, constants
 
@@ -37,8 +38,6 @@ def loopback(tmp_path_factory, monkeypatch):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-            "HF_HUB_ETAG_TIMEOUT": "1",
         }
         for name in ("HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
@@ -54,9 +53,9 @@ def loopback(tmp_path_factory, monkeypatch):
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 1,
-            "HF_HUB_ETAG_TIMEOUT": 1,
-            "DEFAULT_REQUEST_TIMEOUT": 1,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 3,
+            "HF_HUB_ETAG_TIMEOUT": 3,
+            "DEFAULT_REQUEST_TIMEOUT": 3,
         }.items():
             assert hasattr(constants, name), name
             monkeypatch.setattr(constants, name, value)

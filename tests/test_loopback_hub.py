@@ -147,7 +147,7 @@ def test_a_card_with_a_path_for_a_base_is_refused(api, loopback):
         api.create_commit("t/model", [card], commit_message="x")
 
 
-@pytest.mark.parametrize("kind", ["drop", "cut", "stall-body"])
+@pytest.mark.parametrize("kind", ["drop", "cut"])
 def test_faults_meet_the_requests_they_are_set_for(api, loopback, kind):
     loopback.add("t/model", {"model.safetensors": WEIGHTS})
     fault = loopback.fault(kind, r"^GET /[0-9a-f]{64}", at=0)
@@ -203,9 +203,8 @@ made = CommitOperationAdd("model.safetensors", {bytes([number])!r} * 70_000)
 HfApi().create_commit("t/model", [made], commit_message="{number}")
 print(open(hf_hub_download("t/model", "model.safetensors"), "rb").read(1))
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == repr(bytes([number]))
         assert hub.read("t/model", "model.safetensors") == bytes([number]) * 70_000
     assert hub.xet.files()

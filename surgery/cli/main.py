@@ -90,12 +90,12 @@ def surgery() -> None:
       surgery merge base ft-lora-r8 -o merged   the adapter in the weights
       surgery unmerge merged ft-lora-r8 -o base2
 
-    A checkpoint is a folder, a .safetensors, .bin or .pt file. Results go to stdout, talk to stderr.
+    A checkpoint is a folder, a .safetensors, .bin or .pt file, or hf://org/name@revision on the Hub. Results go to stdout,
+    talk to stderr.
 
     Exit codes: 0 done, 1 differs (diff --exit-code), 2 usage, 3 malformed file, 4 inputs that do not belong together,
     5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 9 the Hub refused or did not answer,
-    10 verification failed, 70 a bug,
-    130 interrupted.
+    10 verification failed, 70 a bug, 130 interrupted.
     """
 
 

@@ -113,8 +113,8 @@ def extract_deltas(
 
 
 def default_stem(source: str | os.PathLike[str]) -> str:
-    """Name a fine-tune by its folder, or by its file without the ending."""
-    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")
+    """Name a fine-tune by its folder, its repository, or its file without the ending."""
+    return local.stem_of(source)
 
 
 @dataclass

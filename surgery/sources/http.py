@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -27,7 +27,7 @@ LONGEST_PAUSE = 60.0
 """Seconds: whoever asks for a longer pause is not waited for."""
 CHUNK = 1 << 18
 ANSWER_LIMIT = 100_000_000
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may pass."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -98,16 +98,17 @@ def get_json(url: str, what: str) -> Any:
         raise FormatError("the Hub's answer is not JSON", file=what) from None
 
 
-def get_bytes(url: str, what: str, *, limit: int) -> bytes:
+def get_bytes(url: str, what: str, *, limit: int, check: Callable[[bytes], bool] = lambda _: True) -> bytes:
     """Fetch a small document whole.
 
     Args:
         url: on the Hub.
         what: its name in messages.
         limit: bytes that it may have at most.
+        check: says whether it arrived as it should.
 
     Raises:
-        HubError: the server refuses, does not answer, or answers with more than ``limit``.
+        HubError: the server refuses, does not answer, or with something else.
     """
     patience = Patience(what)
     while True:
@@ -119,7 +120,9 @@ def get_bytes(url: str, what: str, *, limit: int) -> bytes:
                     data += piece
                     if len(data) > limit:
                         raise HubError(f"is larger than {limit:,} bytes", file=what)
-        except _Passing as error:
+            if not check(bytes(data)):
+                raise Passing("arrived otherwise than the Hub lists it")
+        except Passing as error:
             patience.spend(str(error), error.wait)
         except _network_errors() as error:
             patience.spend(describe(error))
@@ -167,14 +170,14 @@ class RangeReader:
                     self._check(answer, place, stop)
                     for piece in answer.iter_raw(CHUNK):
                         if len(piece) > stop - place:
-                            raise _Passing("sent more bytes than were asked for")
+                            raise Passing("sent more bytes than were asked for")
                         place += len(piece)
                         patience.renew()
                         moved = False
                         yield piece
                 if place < stop:
-                    raise _Passing("closed the connection early")
-            except _Passing as error:
+                    raise Passing("closed the connection early")
+            except Passing as error:
                 patience.spend(str(error), error.wait)
             except _network_errors() as error:
                 patience.spend(describe(error))
@@ -189,7 +192,7 @@ class RangeReader:
         wanted, found = f"bytes {start}-{stop - 1}/{self.size}", answer.headers.get("Content-Range", "")
         length = answer.headers.get("Content-Length")
         if found != wanted or (length is not None and length != str(stop - start)):
-            raise _Passing(f"answered with {found or 'no range'} and {length} bytes where {wanted} was asked for")
+            raise Passing(f"answered with {found or 'no range'} and {length} bytes where {wanted} was asked for")
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise HubError("the server encodes ranges", file=self.what)
 
@@ -210,7 +213,7 @@ class RangeReader:
                         location = answer.headers.get("Location")
                         self._check_identity(answer.headers)
                         break
-                except _Passing as error:
+                except Passing as error:
                     patience.spend(str(error), error.wait)
                 except _network_errors() as error:
                     patience.spend(describe(error))
@@ -231,7 +234,7 @@ class RangeReader:
             )
 
 
-class _Passing(Exception):
+class Passing(Exception):
     """An answer that another attempt may better."""
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -280,8 +283,8 @@ def _judge(answer: Any, what: str) -> None:
     """
     if answer.status_code < 400:
         return
-    if answer.status_code in _PASSING:
-        raise _Passing(f"the server answered {answer.status_code}", _wait(answer.headers))
+    if answer.status_code in PASSING:
+        raise Passing(f"the server answered {answer.status_code}", _wait(answer.headers))
     raise refusal(answer, what)
 
 

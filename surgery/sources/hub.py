@@ -8,6 +8,7 @@ there and what is fetched whole is found by others. Small files are checked agai
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -73,9 +74,9 @@ class Snapshot:
         with self._lock:
             if (self.folder / name).exists():
                 return
-            data = http.get_bytes(self._url(name), self._shown(name), limit=min(listed.size, SMALL_LIMIT))
-            if len(data) != listed.size or not _is_content(data, listed):
-                raise HubError("is not what the Hub listed", file=self._shown(name), mend="try again")
+            data = http.get_bytes(
+                self._url(name), self._shown(name), limit=SMALL_LIMIT, check=lambda data: _is_content(data, listed)
+            )
             with _writing(self._home):
                 self._keep(name, listed.etag, data)
 
@@ -95,10 +96,18 @@ class Snapshot:
         """Have the client download a file into the cache, and note what the revision stood for."""
         from huggingface_hub import hf_hub_download
 
-        with client_errors(self._shown(name)):
-            found = hf_hub_download(
-                self._reference.repo, name, revision=self._commit, cache_dir=self._home.parent, endpoint=http.endpoint()
-            )
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is tried again here
+        shown, found = self._shown(name), None
+        patience = http.Patience(shown)
+        while found is None:
+            try:
+                with client_errors(shown):
+                    found = hf_hub_download(
+                        self._reference.repo, name, revision=self._commit, cache_dir=self._home.parent,
+                        endpoint=http.endpoint(),
+                    )  # fmt: skip
+            except http.Passing as error:
+                patience.spend(str(error), error.wait)
         with _writing(self._home):
             self.note_revision()
         return Path(found)
@@ -226,6 +235,8 @@ def _entry(item: Any, reference: HubReference) -> tuple[str, _Listed]:
 
 
 def _is_content(data: bytes, listed: _Listed) -> bool:
+    if len(data) != listed.size:
+        return False
     if listed.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == listed.sha256
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == listed.oid
@@ -236,7 +247,8 @@ def client_errors(what: str) -> Iterator[None]:
     """Turn what the Hub's client raises into errors of ours: its own carry the request, and with it the token.
 
     Raises:
-        HubError: the Hub refused or did not answer.
+        Passing: another attempt may help.
+        HubError: the Hub refused.
         IOFailure: the cache cannot be written.
     """
     from huggingface_hub import errors
@@ -245,9 +257,13 @@ def client_errors(what: str) -> Iterator[None]:
     try:
         yield
     except errors.HfHubHTTPError as error:
+        if error.response.status_code in http.PASSING:
+            raise http.Passing(f"the server answered {error.response.status_code}") from None
         raise http.refusal(error.response, what) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise HubError(f"cannot be downloaded ({type(error).__name__})", file=what, mend="try again later") from None
+    except (errors.LocalEntryNotFoundError, httpx.TransportError):
+        raise http.Passing("the download failed") from None
+    except errors.OfflineModeIsEnabled:
+        raise HubError(_OFFLINE, file=what) from None
     except errors.XetDownloadError:
         raise HubError(
             "cannot be downloaded by Xet", file=what, mend="try again, or set HF_HUB_DISABLE_XET=1"

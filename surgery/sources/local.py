@@ -55,10 +55,8 @@ class StoredWeights:
     @property
     def revision(self) -> str | None:
         """The commit, where the files are of a repository on the Hub."""
-        for place in (self.path, self.path.parent):
-            if cached_name(place):
-                return place.name
-        return None
+        snapshot = _snapshot_of(self.path)
+        return snapshot.name if snapshot and cached_name(snapshot) else None
 
     def state(self) -> str:
         """Name the files and their states: another text once any of them was changed."""
@@ -96,12 +94,17 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
     """
     path = resolve(ref)
     stored = StoredWeights(path, _label(ref, path), {}, {}, [])
-    if folders.is_folder(path):
-        _open_folder(stored, adapter=adapter, follow_links=follow_links)
-    else:
-        add_file(stored, path, path.name)
-    if adapter and not stored.tensors:
-        raise FormatError("holds no tensors", file=path)
+    try:
+        if folders.is_folder(path):
+            _open_folder(stored, adapter=adapter, follow_links=follow_links)
+        else:
+            add_file(stored, path, path.name)
+        if adapter and not stored.tensors:
+            raise FormatError("holds no tensors", file=path)
+    except SurgeryError as error:
+        if references.is_hub_reference(ref) and error.file is not None:  # where it is cached means nothing to anybody
+            error.file = error.file.replace(os.fspath(path), os.fspath(ref))
+        raise
     return stored
 
 
@@ -169,6 +172,11 @@ def cached_name(path: Path) -> str | None:
     """
     found = re.fullmatch(r"models--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
     return found[1].replace("--", "/") if found else None
+
+
+def _snapshot_of(path: Path) -> Path | None:
+    """Find the snapshot of a Hugging Face cache that a file or folder lies in, or is."""
+    return next((place for place in (path, *path.parents) if place.parent.name == "snapshots"), None)
 
 
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
@@ -260,8 +268,8 @@ def _inside(folder: Path, name: str, follow_links: bool) -> Path:
         return folder / name
     real = Path(os.path.realpath(folder / name))
     homes = [folder]
-    if folder.parent.name == "snapshots":
-        repo = folder.parent.parent
+    if snapshot := _snapshot_of(folder):
+        repo = snapshot.parent.parent
         homes += [repo / "blobs", repo.parent / "blobs"]
     if not follow_links and not any(real.is_relative_to(home) for home in homes):
         raise UnsafeError(
@@ -319,6 +327,7 @@ def _pickled(file: StoredFile, notes: list[str]) -> dict[str, LazyTensor]:
     notes += more
     if not found:
         raise FormatError("holds no tensors")
+    file.learn(value.storage[0] for value in found.values())
     return {name: _pickled_tensor(name, value, file) for name, value in found.items()}
 
 

@@ -208,6 +208,11 @@ def expect(tensors: Iterable[LazyTensor]) -> None:
         file.expect(spans)
 
 
+def is_remote(tensor: LazyTensor) -> bool:
+    """Say whether reading a tensor means fetching it."""
+    return any(isinstance(stored.file, RemoteFile) for stored in _stored(tensor))
+
+
 def _stored(made: object) -> Iterator[FileTensor]:
     """Find the tensors in files that one is made of; one that is not found is fetched when it is read."""
     if isinstance(made, FileTensor):
