@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from surgery.operations.info import info
     from surgery.operations.merge import merge
     from surgery.operations.recipe import merge_recipe
+    from surgery.operations.remove import remove
     from surgery.operations.spectrum import spectrum
     from surgery.operations.unmerge import unmerge
     from surgery.operations.verify import verify
@@ -50,6 +51,7 @@ __all__ = [
     "merge",
     "merge_recipe",
     "open",
+    "remove",
     "spectrum",
     "unmerge",
     "verify",
@@ -69,6 +71,7 @@ _HOMES = {
     "merge": ("surgery.operations.merge", "merge"),
     "merge_recipe": ("surgery.operations.recipe", "merge_recipe"),
     "open": ("surgery.checkpoint", "open_checkpoint"),
+    "remove": ("surgery.operations.remove", "remove"),
     "spectrum": ("surgery.operations.spectrum", "spectrum"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),
     "verify": ("surgery.operations.verify", "verify"),

@@ -30,7 +30,7 @@ HARMLESS = {
     "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "use_dora", "lora_bias",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "target_parameters", "surgery",
 }  # fmt: skip
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 NOT_YET = {
     "alora_invocation_tokens": "activated LoRA acts only on some tokens, so it cannot be merged",
     "layer_replication": "its layers share base weights, so it cannot be merged",
@@ -109,7 +109,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
         if document.get(name):
             raise UnsupportedError(f"{name} is set: {why}")
     start = document.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_MUTATING_INITS):
+    if isinstance(start, str) and start.startswith(MUTATING_INITS):
         raise UnsupportedError(
             f"init_lora_weights is {start!r}: it belongs to a base that PEFT changes at load",
             mend="save it with path_initial_model_for_weight_conversion",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from surgery.methods.addition import Addition
 from surgery.methods.model import Model
 from surgery.methods.registry import Method, find
 from surgery.methods.starts import Initial
+from surgery.operations.convert import convert
+from surgery.operations.remove import remove
 from surgery.report import Table
 from surgery.sources import module_names
 from surgery.tensor import LazyTensor, TensorSpec, human_bytes, human_count
@@ -120,6 +123,27 @@ class Added:
         merged = merge(self.base, Adapter(self.tensors, self.document, label=self.method.name))
         assert isinstance(merged, Checkpoint)
         return merged
+
+    def remove(self, source: Source) -> Checkpoint:
+        """Take the method's parameters out of a state dict that has them inside, trained or not, and leave the base.
+
+        Plain tensors are told by their names, all others as :func:`surgery.remove` tells them.
+
+        Args:
+            source: a folder, a file, or a state dict.
+
+        Raises:
+            UnsupportedError: the method trains the base's own parameters, which are in the base alone as they were.
+            MismatchError: its tensors are not in there.
+        """
+        if self.addition.existing or (self.method.name == "bitfit" and self.addition.file == "peft"):
+            raise UnsupportedError(
+                f"{self.method.name} trains the base's own parameters: they are not in the file as they were",
+                mend="the base has them",
+            )
+        if self.addition.file != "tensors":
+            return remove(source)
+        return convert(source, drop=[f"re:{re.escape(key)}" for key in self.tensors])
 
     def save(
         self, out: str | os.PathLike[str], *, overwrite: bool = False, progress: execute.Progress | None = None
