@@ -49,6 +49,8 @@ def role_of(spec: TensorSpec) -> str:
     >>> role_of(TensorSpec("encoder.layer.0.output.dense.bias", "F32", (8,)))
     'bias'
     """
+    if is_fused_experts(spec):
+        return _role_of_module(spec.name.rpartition(".")[2])
     # The parameter's own name stands last, and what is before the longest rule's reach first.
     role = _role_of_module(".".join(spec.name.rsplit(".", LONGEST_RULE + 1)[-LONGEST_RULE - 1 : -1]))
     flat = len(spec.shape) <= 1

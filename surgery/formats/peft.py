@@ -382,8 +382,9 @@ def task_type(config: Mapping[str, Any] | None) -> str | None:
     for suffix, task in known.items():
         if architectures[0].endswith(suffix):
             return task
-    if architectures[0].endswith("ForConditionalGeneration") and (config or {}).get("is_encoder_decoder"):
-        return "SEQ_2_SEQ_LM"
+    seen = any(key in (config or {}) for key in ("num_mel_bins", "input_feat_per_channel", "vision_config", "encoder"))
+    if architectures[0].endswith("ForConditionalGeneration") and (config or {}).get("is_encoder_decoder") and not seen:
+        return "SEQ_2_SEQ_LM"  # whose wrapper feeds tokens: what hears or sees is loaded by the plain one
     return "FEATURE_EXTRACTION" if architectures[0].endswith("Model") else None
 
 

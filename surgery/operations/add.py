@@ -19,7 +19,7 @@ from surgery.methods.starts import Initial
 from surgery.operations.convert import convert
 from surgery.operations.remove import remove
 from surgery.report import Table
-from surgery.sources import module_names
+from surgery.sources import module_names, tokens
 from surgery.tensor import LazyTensor, TensorSpec, human_bytes, human_count
 from surgery.writer import Publication
 
@@ -250,6 +250,10 @@ def add(
     row = find(method)
     resolved = row.settings(settings)
     base = open_checkpoint(source)
+    if resolved.get("text"):
+        if resolved["tokens"]:
+            raise UsageError("text and tokens both say how the prompt starts", mend="drop one")
+        resolved["tokens"] = tokens.of_text(resolved["text"], base.side_files.get(tokens.FILE), base.label)
     patterns = (target,) if isinstance(target, str) else tuple(target)
     try:
         addition = row.plan(model_of(base, names_in_memory=names_in_memory), patterns, resolved)
