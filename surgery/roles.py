@@ -16,7 +16,7 @@ from surgery.tensor import TensorSpec
 
 # (role, pattern searched in the module's name). Order matters: fused before single, specific before general.
 _RULES: tuple[tuple[str, str], ...] = (
-    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm|[a-z]*layernorm(_[a-z]+)?)$"),
+    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm(_out)?|[a-z]*layernorm(_[a-z]+)?)$"),
     ("head", r"(^|\.)(lm_head|embed_out|score|(pre_)?classifier(\.(dense|out_proj))?|qa_outputs|cls\.\w+(\.\w+)*|pooler(\.dense)?)$"),
     ("embedding", r"(?i)(^|\.)(wte|wpe|shared|(\w+_)?emb|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions)|relative_attention_bias)$"),
     ("qkv", r"(^|\.)(c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj|attn_qkv)$"),

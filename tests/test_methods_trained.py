@@ -120,6 +120,20 @@ def test_lora_on_convolutions_of_one_and_three_dimensions_in_a_model_of_no_libra
         surgery.add(Convolutions().state_dict(), "lora", target="depthwise", r=2)
 
 
+def test_lora_on_a_unet_with_its_attentions_and_convolutions(folder, tmp_path):
+    added = surgery.add(saved("unet", folder), "lora", target="role:q,role:v,conv1,proj_in,conv_shortcut", r=2)
+    added.save(tmp_path / "out")
+    inputs = (
+        torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8),
+        torch.tensor([3]),
+        torch.linspace(-1, 1, 40).reshape(1, 5, 8),
+    )
+    loaded = PeftModel.from_pretrained(build("unet"), tmp_path / "out", is_trainable=True)
+    torch.testing.assert_close(loaded(*inputs).sample, build("unet")(*inputs).sample, rtol=0, atol=0)
+    names = {name.replace(".default", "") for name, value in loaded.named_parameters() if value.requires_grad}
+    assert names == set(added.trainable) == added.tensors.keys()
+
+
 def test_p_tuning_trains_its_tokens_and_the_network_that_peft_puts_before_them(folder, tmp_path):
     added = surgery.add(saved("llama", folder), "p-tuning", length=3, hidden=8)
     added.save(tmp_path / "out")

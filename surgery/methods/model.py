@@ -97,13 +97,13 @@ class Model:
         if not roles & {"q", "k", "v"} and {"q", "k", "v"} & set(default) and self.having("qkv"):
             roles.add("qkv")
             notes = ("q, k and v are one weight in this model: all three are adapted",)
-        chosen = [name for name in self.having(*roles) if not self.is_expert(name)]
-        if len(chosen) < len(self.having(*roles)):
+        found = [name for name in self.having(*roles) if not self.is_expert(name)]
+        if len(found) < len(self.having(*roles)):
             notes = (*notes, "experts are left out; --target chooses them, for LoRA")
-            roles &= {self.roles[name] for name in chosen}
+            roles &= {self.roles[name] for name in found}
         if not roles or (not roles & {"q", "k", "v", "qkv"} and {"q", "k", "v"} & set(default)):
             raise MismatchError(f"no rule finds {' or '.join(default)} in this model", mend=_ASK)
-        return chosen, notes
+        return found, notes
 
     def is_expert(self, name: str) -> bool:
         """Say whether a tensor is of experts: of one, or of all of them fused."""
