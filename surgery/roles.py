@@ -89,6 +89,15 @@ def layer_of(name: str) -> str:
     return found[1] if found else ""
 
 
+def numberless(name: str) -> str:
+    """Write ``*`` for every number in a name: what all blocks have alike.
+
+    >>> numberless("encoder.layer.3.attention.self.query.weight")
+    'encoder.layer.*.attention.self.query.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def transposed_weights(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None) -> set[str]:
     """Find the 2-D weights that are stored ``(in, out)``, as GPT-2's Conv1D layers are.
 

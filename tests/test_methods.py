@@ -159,6 +159,17 @@ def test_the_command_says_what_it_wrote_and_refuses_to_write_it_twice(folder, tm
         assert said in "".join(capsys.readouterr())
 
 
+def test_the_command_says_which_tensors_it_chose(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["add", "lora", saved("llama", folder), "-p", "r=2", "--target", "re:.*1.*q_proj,v", "--dry-run"])
+    assert "matches no tensor" in capsys.readouterr().err  # a comma in a regular expression is its own
+    with pytest.raises(SystemExit):
+        main(["add", "lora", saved("llama", folder), "-p", "r=2", "--target", "v,*.1.*q_proj", "--dry-run"])
+    said = capsys.readouterr().out
+    assert re.search(r"model\.layers\.\*\.self_attn\.v_proj\.weight +2 +8×16", said)
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj\.weight +1 +16×16", said)
+
+
 def test_p_tuning_serves_the_virtual_tokens_of_the_file(folder, tmp_path):
     added = surgery.add(saved("llama", folder), "p-tuning", length=3)
     added.save(tmp_path / "out")

@@ -53,7 +53,7 @@ def command(
     if quiet:
         click.echo(str(added.parameters) if dry_run else printable(out))
         return
-    if dry_run and added.chosen:
+    if added.chosen:
         terminal.table(added.table())
     where = f"would write {printable(out)}" if dry_run else f"wrote {printable(out)}"
     size = f"{added.parameters:,} parameters; {len(added.tensors):,} new tensors, {human_bytes(added.nbytes)}"

@@ -19,6 +19,7 @@ from surgery.methods.starts import Initial
 from surgery.operations.convert import convert
 from surgery.operations.remove import remove
 from surgery.report import Table
+from surgery.roles import numberless
 from surgery.sources import module_names, tokens
 from surgery.tensor import LazyTensor, TensorSpec, human_bytes, human_count
 from surgery.writer import Publication
@@ -197,9 +198,14 @@ class Added:
         )
 
     def table(self) -> Table:
-        """Show which tensors were chosen."""
-        rows = tuple((name, "×".join(map(str, self.base.tensors[name].spec.shape))) for name in self.chosen)
-        return Table(f"{self.method.name}: chosen", ("tensor", "shape"), rows)
+        """Show which tensors were chosen, one line for all blocks that have one alike."""
+        groups: dict[tuple[str, str], int] = {}
+        for name in self.chosen:
+            shape = "×".join(map(str, self.base.tensors[name].spec.shape))
+            key = (numberless(name), shape)
+            groups[key] = groups.get(key, 0) + 1
+        rows = tuple((name, str(count), shape) for (name, shape), count in groups.items())
+        return Table(f"{self.method.name}: chosen", ("name", "tensors", "shape"), rows)
 
     def document_of(self) -> dict[str, Any]:
         """Return what was added, for ``--json``."""
