@@ -84,6 +84,8 @@ def test_what_a_training_tool_puts_before_every_name_is_no_hindrance(mark):
     family, config = INSIDE["lora"]
     whole = {mark + name: value for name, value in wrapped(family, config).state_dict().items()}
     assert equal(surgery.remove(whole), build(family).state_dict())
+    inside = {name.replace("layers.0.", "layers.0._fsdp_wrapped_module."): value for name, value in whole.items()}
+    assert equal(surgery.remove(inside), build(family).state_dict())
 
 
 def test_loralibs_bare_factors_beside_their_weights_are_taken_out():

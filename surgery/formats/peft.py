@@ -103,7 +103,7 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
     kind = document["peft_type"]
     if kind != "LORA":
         raise UnsupportedError(
-            f"peft_type {kind!r} cannot be merged yet, only LORA (with its DoRA and rsLoRA variants)"
+            f"peft_type {kind!r} cannot be merged yet, only LORA (with DoRA and rsLoRA), IA3 and LN_TUNING"
         )
     for name, why in NOT_YET.items():
         if document.get(name):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from surgery.errors import MismatchError, UnsupportedError
 from surgery.formats import peft
-from surgery.names import DECORATIONS
+from surgery.names import DECORATIONS, INNER_DECORATIONS
 
 # Part of a module → the method that has it. What PEFT's other methods have is told by standing beside a base_layer.
 _PARTS = {
@@ -108,8 +108,10 @@ def part(names: Collection[str], spared: Callable[[str], bool] = lambda _: False
 
 
 def _undecorated(names: Collection[str]) -> dict[str, str]:
-    """Strip what training tools put before every name, and only what stands before every one."""
+    """Strip what training tools put inside of names, and before every name, and only what stands before every one."""
     inner = {name: name for name in names}
+    for mark in INNER_DECORATIONS:
+        inner = {name: bare.replace(f".{mark}", ".") for name, bare in inner.items()}
     while mark := next((d for d in DECORATIONS if inner and all(bare.startswith(d) for bare in inner.values())), ""):
         inner = {name: bare.removeprefix(mark) for name, bare in inner.items()}
     return inner

@@ -114,10 +114,10 @@ class Added:
         """Merge the method into the model, as :func:`surgery.merge` does with a trained one.
 
         Raises:
-            UnsupportedError: the method is no LoRA.
+            UnsupportedError: the method is none that merges, or has no PEFT file.
         """
-        if self.document.get("peft_type") != "LORA":
-            raise UnsupportedError(f"{self.method.name} cannot be merged by surgery")
+        if self.addition.file != "peft" or not self.method.mergeable:
+            raise UnsupportedError(f"{self.method.name} cannot be merged")
         from surgery.adapter import Adapter
         from surgery.operations.merge import merge
 
