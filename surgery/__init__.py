@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from surgery.operations.merge import merge
     from surgery.operations.push import push
     from surgery.operations.recipe import merge_recipe
+    from surgery.operations.remove import remove
     from surgery.operations.spectrum import spectrum
     from surgery.operations.unmerge import unmerge
     from surgery.operations.verify import verify
@@ -52,6 +53,7 @@ __all__ = [
     "merge_recipe",
     "open",
     "push",
+    "remove",
     "spectrum",
     "unmerge",
     "verify",
@@ -72,6 +74,7 @@ _HOMES = {
     "merge_recipe": ("surgery.operations.recipe", "merge_recipe"),
     "open": ("surgery.checkpoint", "open_checkpoint"),
     "push": ("surgery.operations.push", "push"),
+    "remove": ("surgery.operations.remove", "remove"),
     "spectrum": ("surgery.operations.spectrum", "spectrum"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),
     "verify": ("surgery.operations.verify", "verify"),

@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
     "add": "Give a model the new parameters of a PEFT method.",
+    "remove": "Take a PEFT method's parameters out of a checkpoint.",
     "methods": "Show what each PEFT method would cost on a model.",
     "plan": "Show what a recipe would do.",
     "run": "Run a saved plan, or one part of it.",

@@ -134,3 +134,21 @@ name_map = click.option("--name-map", type=NameMap(), metavar="FILE",
                         help="JSON: names in the adapter → names in the checkpoint.")  # fmt: skip
 rename = click.option("--rename", multiple=True, metavar="OLD=NEW",
                       help="Rename a tensor, or a prefix that ends at a dot; repeatable.")  # fmt: skip
+settings = click.option("-p", "settings", multiple=True, metavar="KEY=VALUE",
+                        help="A setting of the method: r=8; repeatable.")  # fmt: skip
+
+
+def parsed_settings(texts: tuple[str, ...]) -> dict[str, str]:
+    """Split ``-p``'s values.
+
+    Raises:
+        UsageError: one is not ``KEY=VALUE``, or a key has two values.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-p takes KEY=VALUE, not {text!r}")
+        if found.setdefault(key, value) != value:
+            raise UsageError(f"-p gives {key} twice")
+    return found
