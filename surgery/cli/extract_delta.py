@@ -32,6 +32,7 @@ from surgery.tensor import human_bytes
 @options.overwrite
 @options.dry_run
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, reversible: bool, rename: tuple[str, ...], jobs: int | None,

@@ -55,6 +55,7 @@ def accept(function: F) -> F:
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     out: str, overwrite: bool, dry_run: bool, restart: bool, max_shard_size: int | None, jobs: int | None,

@@ -28,6 +28,7 @@ def accept(function: F) -> F:
             options.overwrite,
             options.sharding,
             options.resources,
+            options.no_cache,
             options.common,
         ]
     ):

@@ -36,6 +36,7 @@ class Share(click.ParamType[tuple[int, int]]):
 @options.dry_run
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     plan: str, share: tuple[int, int] | None, finish: bool, dry_run: bool, jobs: int | None, max_memory: int | None, as_json: bool,

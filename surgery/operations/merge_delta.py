@@ -15,6 +15,7 @@ from surgery.formats.delta_manifest import Known
 from surgery.formats.safetensors import strict_object
 from surgery.operations.merge_rules import Rule, rules_table
 from surgery.report import join_shown
+from surgery.sources.local import pinned
 from surgery.tensor import LazyTensor, any_range
 
 
@@ -131,9 +132,9 @@ class _Restoration:
             "merge",
             parameters={"reverse": self.reverse},
             inputs=[
-                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label,
+                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label, **self.checkpoint.pinned,
                  "fingerprint": provenance.combine(prints)},
-                {"role": "delta", "name": self.delta.label, "fingerprint": self.delta.digest},
+                {"role": "delta", "name": self.delta.label, **pinned(self.delta.stored), "fingerprint": self.delta.digest},
             ],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )  # fmt: skip

@@ -164,7 +164,9 @@ def input_entry(role: str, model: Checkpoint, read: Mapping[str, provenance.Trac
     if role == "change":
         return dict(leaves[-1])
     whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
-    return {"role": role, "name": model.label, "fingerprint": whole} | ({"inputs": leaves} if leaves else {})
+    return {"role": role, "name": model.label, **model.pinned, "fingerprint": whole} | (
+        {"inputs": leaves} if leaves else {}
+    )
 
 
 class Buffered:
