@@ -131,8 +131,10 @@ def _bottleneck(key: str, width: int, size: int, shape: Shape) -> list[New]:
         New(f"{key}.adapter_up.bias", (width,), ZEROS),
     ]
     if shape.norm:
-        norm = f"{key}.adapter_down.0"
-        new += [New(f"{norm}.weight", (width,), ONES), New(f"{norm}.bias", (width,), ZEROS)]
+        # One norm, which adapters holds under two names, and looks for under both.
+        for norm, second in (("adapter_norm_before", False), ("adapter_down.0", True)):
+            new.append(New(f"{key}.{norm}.weight", (width,), ONES, frozen=second))
+            new.append(New(f"{key}.{norm}.bias", (width,), ZEROS, frozen=second))
     return new
 
 
