@@ -19,6 +19,8 @@ from surgery.methods.starts import ONES, ZEROS, Normal, Start, kaiming_uniform
 from surgery.names import module_of
 from surgery.roles import layer_of
 
+_HOW_TO_LOAD = "load it by model.load_adapter(FOLDER, use_safetensors=True): AdapterHub looks for a pickle otherwise"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -110,7 +112,8 @@ def _bottlenecks(shape: Shape, model: Model, target: Sequence[str], settings: Ma
         if number not in left_out:
             for place in _places(model, block, shape.attention):
                 new += _bottleneck(f"{place}.adapters.{settings['name']}", width, size, shape)
-    return Addition(tuple(new), "adapterhub", _config(shape, model, size, left_out, settings["name"]))
+    config = _config(shape, model, size, left_out, settings["name"])
+    return Addition(tuple(new), "adapterhub", config, notes=(_HOW_TO_LOAD,))
 
 
 def _places(model: Model, block: str, attention: bool) -> list[str]:
