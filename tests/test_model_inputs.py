@@ -98,6 +98,7 @@ def test_on_the_command_line_and_in_python_they_are_models_too(tmp_path, capsys)
     record = json.loads((out / "surgery.json").read_text())
     assert [entry["role"] for entry in record["inputs"]] == ["base", "delta", "adapter"]
     assert record["inputs"][1]["fingerprint"] == surgery.exact.open_delta("task.delta").digest
+    assert surgery.merge("base", "task.delta", "style", algorithm="ties").origin.work is not None  # it can be continued
 
 
 def test_plans_count_the_bytes_of_the_files_that_they_read(world):

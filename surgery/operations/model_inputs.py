@@ -65,6 +65,13 @@ def as_model(
 ) -> Checkpoint:
     """Return the base with an adapter merged into it, not rounded: touched weights are float32 at least.
 
+    Args:
+        base: the base.
+        adapter: the adapter.
+        name_map: names in the adapter → names in the base.
+        allow_base_mismatch: take it although it was taken from another base, or is in there already.
+        allow_incomplete: take it although it lacks modules that its configuration names.
+
     Raises:
         MismatchError: the adapter does not fit this base, or is in there already.
     """
