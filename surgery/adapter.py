@@ -22,7 +22,8 @@ from surgery.history import read_record
 from surgery.names import align, module_of
 from surgery.roles import role_of, transposed_weights
 from surgery.scaling import Scaled
-from surgery.sources import local, module_names
+from surgery.sources import folders, local, module_names
+from surgery.sources.references import is_hub_reference
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, read_bytes
 
 if TYPE_CHECKING:
@@ -113,11 +114,16 @@ class Adapter:
             progress=progress,
         )
 
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What a record says of where it was, beside its name; see :func:`surgery.sources.local.pinned`."""
+        return local.pinned(self.stored) if self._record is None else {}
+
     def _plain_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
             "save",
             parameters={},
-            inputs=[{"role": "adapter", "name": self.label}],
+            inputs=[{"role": "adapter", "name": self.label, **self.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
             base=self.taken_from,
         )
@@ -144,9 +150,9 @@ def is_adapter(source: object) -> bool:
         return True
     if not isinstance(source, (str, os.PathLike)):
         return False
-    path = Path(source).expanduser()
-    if path.is_dir():
-        names = os.listdir(path)
+    path = local.resolve(source) if is_hub_reference(source) else Path(source).expanduser()
+    if folders.is_folder(path):
+        names = [name for name, _ in folders.members(path)]
         return peft.CONFIG in names or (any(n.startswith(peft.STEM) for n in names) and "config.json" not in names)
     return path.name.startswith(peft.STEM) or path.name == peft.CONFIG
 
@@ -164,7 +170,7 @@ def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
     if isinstance(source, Adapter):
         return source
     path = local.resolve(source)
-    folder = path if path.is_dir() else path.parent
+    folder = path if folders.is_folder(path) else path.parent
     document = local.read_config(folder, peft.CONFIG)
     if document is None:
         raise FormatError(f"has no {peft.CONFIG}, so the adapter's scale is not known", file=folder)

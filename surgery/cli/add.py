@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli import options, terminal
+from surgery.cli import options, pushing, terminal
 from surgery.errors import printable
 from surgery.operations.add import add
 from surgery.sources.local import stem_of
@@ -25,6 +25,8 @@ from surgery.tensor import human_bytes
 @click.option("--names-in-memory", is_flag=True, help="Name modules as transformers calls them once loaded.")
 @options.overwrite
 @options.dry_run
+@options.push_to
+@options.no_cache
 @options.common
 def command(
     method: str, checkpoint: str, target: tuple[str, ...], settings: tuple[str, ...], out: str | None, dtype: str, seed: int,
@@ -45,17 +47,23 @@ def command(
         names_in_memory=names_in_memory, **options.parsed_settings(settings),
     )  # fmt: skip
     out = out or f"{stem_of(checkpoint)}-{method}"
+    pushed = None
     if not dry_run:
+        to = pushing.look()
         added.save(out, overwrite=overwrite)
+        pushed = pushing.push(out, to, quiet=quiet or as_json, progress="none")
     if as_json:
-        terminal.document({**added.document_of(), "out": None if dry_run else out})
+        more = {"pushed": pushed} if pushed else {}
+        terminal.document({**added.document_of(), "out": None if dry_run else out, **more})
         return
     if quiet:
-        click.echo(str(added.parameters) if dry_run else printable(out))
+        click.echo(str(added.parameters) if dry_run else printable(pushed or out))
         return
     if added.chosen:
         terminal.table(added.table())
     where = f"would write {printable(out)}" if dry_run else f"wrote {printable(out)}"
     size = f"{added.parameters:,} parameters; {len(added.tensors):,} new tensors, {human_bytes(added.nbytes)}"
     click.echo(f"{where} ({size})")
+    if pushed:
+        click.echo(f"pushed to {printable(pushed)}")
     terminal.notes([*added.notes, *(() if added.addition.unchanged else ("the model's function changes at once",))])

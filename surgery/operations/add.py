@@ -191,7 +191,7 @@ class Added:
         return provenance.record(
             "add",
             parameters={name: list(value) if isinstance(value, tuple) else value for name, value in self._said.items()},
-            inputs=[{"role": "base", "name": self.base.label}],
+            inputs=[{"role": "base", "name": self.base.label, **self.base.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
             trainable_parameters=self.parameters,
             applied_to=list(self.chosen),
