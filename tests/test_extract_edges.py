@@ -61,6 +61,29 @@ def test_quantised_tensors_that_differ_do_unless_they_are_excluded(pair):
     assert surgery.extract_lora(base, tuned, exclude=["layers.1.*"]).report.rows
 
 
+def test_a_weight_quantised_on_one_side_only_may_be_excluded_and_is_reported(pair):
+    base = pair[0] | {"layers.1.q_proj.weight": values(8, 8)}
+    tuned = pair[1] | quantised(2.0)
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.q_proj\.weight"):
+        surgery.extract_lora(base, tuned)
+    adapter = surgery.extract_lora(base, tuned, exclude=["layers.1.*"])
+    assert not any("layers.1" in key for key in adapter.tensors)
+    notes = "\n".join(adapter.report.notes)
+    assert "differs but is F8_E4M3, so not in the adapter: layers.1.q_proj.weight" in notes
+    assert "only in the fine-tune, so not in the adapter: layers.1.q_proj.weight_scale" in notes
+
+
+def test_packed_codes_of_the_fine_tune_alone_may_be_excluded(pair):
+    base = pair[0] | {"layers.1.q_proj.weight": values(8, 8)}
+    tuned = pair[1] | {"layers.1.q_proj.qweight": torch.ones(1, 8, dtype=torch.int32),
+                       "layers.1.q_proj.qzeros": torch.ones(1, 1, dtype=torch.int32),
+                       "layers.1.q_proj.scales": torch.ones(1, 8)}  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.q_proj"):
+        surgery.extract_lora(base, tuned)
+    adapter = surgery.extract_lora(base, tuned, exclude=["layers.1.*"])
+    assert any("only in the fine-tune" in note and "qweight" in note for note in adapter.report.notes)
+
+
 def test_integers_alone_that_differ_are_named(pair):
     base = pair[0] | {"position_ids": torch.arange(4)}
     with pytest.raises(MismatchError, match=r"only tensors that an adapter cannot hold differ: position_ids"):

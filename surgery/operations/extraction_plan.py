@@ -183,24 +183,29 @@ def decide(
         MismatchError: shapes differ, or nothing is left.
         UnsupportedError: quantised weights, or integers where numbers are needed.
     """
-    _refuse_codes(found, after, names, bool(target))
+    _refuse_codes(found, after, names, bool(target), exclude)
     _settle_ties(found, after)
     _note_unpaired(
         found, found.base.tensors.keys() - set(names.values()), set(names.values()) - found.base.tensors.keys()
     )
-    _sort_tensors(found, target, exclude)
+    _sort_tensors(found, {names.get(name, name): spec for name, spec in after.specs.items()}, target, exclude)
     _leave_out_unserved(found)
     _refuse_nothing(found, bool(target))
 
 
-def _refuse_codes(found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool) -> None:
+def _refuse_codes(
+    found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool, exclude: Sequence[str]
+) -> None:
     """Refuse quantised weights, by name; those that look alike on both sides only once they turn out to differ."""
+    unwanted = parse_patterns(exclude)
     for side, own in ((found.base, {n: n for n in found.base.tensors}), (after, names)):
         for name, what in quantised_tensors(side).items():
             base_name = own.get(name, name)
             paired = found.tuned.get(base_name)
             if paired is not None and paired.spec == found.base.tensors[base_name].spec:
                 found.codes[base_name] = what
+            elif any(pattern.matches(base_name, role_of(side.tensors[name].spec)) for pattern in unwanted):
+                continue
             elif paired is not None or not targeted:
                 raise quantised_error(side, base_name, what)
 
@@ -230,13 +235,16 @@ def _note_unpaired(found: Extraction, lost: set[str], added: set[str]) -> None:
         found.notes.append(f"only in the fine-tune, so not in the adapter: {join_shown(sorted(added))}")
 
 
-def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[str]) -> None:
+def _sort_tensors(
+    found: Extraction, after: Mapping[str, TensorSpec], target: Sequence[str], exclude: Sequence[str]
+) -> None:
     """Decide for every tensor whether it is factored, stored in full, examined row by row, or left out."""
     specs = {name: found.base.tensors[name].spec for name in found.tuned}
     found.transposed = transposed_weights(found.base.specs, found.base.config)
     roles = roles_of(specs)
     chosen = select(roles, parse_patterns(target), "--target") if target else set(specs)
-    dropped = select(roles, parse_patterns(exclude), "--exclude") if exclude else set()
+    everywhere = roles_of({**after, **found.base.specs})
+    dropped = select(everywhere, parse_patterns(exclude), "--exclude") & specs.keys() if exclude else set()
     found.unwanted = {
         name: "excluded" if name in dropped else "not targeted" for name in dropped | (specs.keys() - chosen)
     }
