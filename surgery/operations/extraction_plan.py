@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from surgery import execute
@@ -18,7 +18,7 @@ from surgery.checkpoint import (
     require_arithmetic,
     tied_weights,
 )
-from surgery.errors import MismatchError
+from surgery.errors import IOFailure, MismatchError
 from surgery.formats import peft, servers
 from surgery.names import module_of, parse_patterns, select, undecorated
 from surgery.operations.extraction_units import EXPERTS, Unit
@@ -28,7 +28,7 @@ from surgery.report import join_shown
 from surgery.roles import is_fused_experts, role_of, roles_of, transposed_weights
 from surgery.sources.remote import is_remote
 from surgery.sources.spool import MEMORY_LIMIT
-from surgery.tensor import LazyTensor, TensorSpec
+from surgery.tensor import LazyTensor, TensorSpec, human_bytes
 from surgery.writer import Publication
 
 Embeddings = Literal["auto", "full", "none"]
@@ -136,10 +136,34 @@ class Extraction:
     @property
     def peak_memory(self) -> int:
         """Bytes at most: for each thread one of the largest matrices and its factorisation, and the spooled factors."""
-        costs = sorted(map(self._cost, self.units.values()), reverse=True)
+        costs = sorted(map(self._cost, self._may_be_factored()), reverse=True)
         costs += [0] * self.settings.jobs
         workers = sum(costs[: self.settings.jobs]) + self.settings.jobs * (24 << 20)
         return (96 << 20) + workers + min(2 * self.bytes_written, MEMORY_LIMIT)
+
+    def fit(self, max_memory: int) -> None:
+        """Use as few threads as ``max_memory`` bytes ask for.
+
+        Raises:
+            IOFailure: one is too many: the largest matrix and its factorisation need more.
+        """
+        while self.peak_memory > max_memory:
+            if self.settings.jobs == 1:
+                largest = max(self._may_be_factored(), key=self._cost, default=None)
+                raise IOFailure(
+                    f"the plan needs up to {human_bytes(self.peak_memory)} of memory, "
+                    f"--max-memory allows {human_bytes(max_memory)}",
+                    file=self.tuned_label,
+                    tensor=largest.name if largest else None,
+                    mend="a matrix is factored whole: raise --max-memory, or --exclude it",
+                )
+            self.settings = replace(self.settings, jobs=self.settings.jobs - 1)
+
+    def _may_be_factored(self) -> list[Unit]:
+        """List what may have to be in memory whole: embeddings too, unless they are tied or not wanted."""
+        whole = () if self.settings.embeddings != "auto" else self.embeddings
+        embeddings = [name for name in whole if not (self.tied and self.is_input_embedding(name))]
+        return [*self.units.values(), *(Unit(self.base.tensors[name].spec, "embedding") for name in embeddings)]
 
     def _cost(self, unit: Unit) -> int:
         """Bytes to factor one weight: ΔW in float32, and what one of its matrices needs beside it."""
