@@ -10,6 +10,7 @@ Algorithms are set up here and run; their arithmetic is in :mod:`surgery.algorit
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from surgery.errors import MismatchError, NumericError, SurgeryError, Unsupporte
 from surgery.passes import Passes, Run
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
+BLOCK = 1 << 18
+"""Elements a block: half of it, and twice as much, take longer."""
 _RUNS, _RUN = 64, 1024
 """Runs of a sample, and elements in each, at least."""
 _SAMPLE_OF = 1 << 20
@@ -96,6 +99,7 @@ class Merged:
         self._working = _working_dtype([source.spec.dtype for source in self._sources], self.spec.dtype)
         setting = Setting(name, first.shape, self._working, whole, each, compat, seed)
         self._kernel: Kernel = self.algorithm.make(setting)
+        self._made, self._counting = 0, threading.Lock()
         self._passes = Passes(self._kernel, self._runs(), self._sample, self._observe)
 
     @property
@@ -111,11 +115,12 @@ class Merged:
     @property
     def resident(self) -> int:
         """What the inputs hold, plus a working block for each, for the algorithm, and for rounding."""
-        block = min(max(numerics.BLOCK, self.unit), max(self.spec.numel, 1))
+        block = min(max(BLOCK, self.unit), max(self.spec.numel, 1))
         width = self._working.itemsize
         blocks = len(self._sources) + self._kernel.buffers + 1
         reading = max(source.spec.itemsize * (1 + source.scratch) for source in self._sources)
-        return sum(source.resident for source in self._sources) + block * (blocks * width + reading)
+        held = sum(source.resident for source in self._sources) + self._kernel.resident
+        return held + block * (blocks * width + reading)
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Compute the range, after the passes over the whole tensor, if the algorithm needs any.
@@ -134,7 +139,7 @@ class Merged:
 
     def cuts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range into blocks of whole units."""
-        step = max(numerics.BLOCK // self.unit, 1) * self.unit
+        step = max(BLOCK // self.unit, 1) * self.unit
         for low in range(start, stop, step):
             yield low, min(low + step, stop)
 
@@ -161,6 +166,10 @@ class Merged:
         except NumericError as error:
             self._block(start, stop, check=True)  # it names the input that is to blame, if one is
             raise error.at(file=self._labels[0] if self._labels else None) from None
+        with self._counting:
+            self._made += stop - start
+            if self._made == self.spec.numel:
+                self._kernel.forget()
 
     def _sample(self) -> None:
         if self.spec.numel > _SAMPLE_OF:

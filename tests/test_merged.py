@@ -54,7 +54,7 @@ def engine(name, base, models, parameters=None, **options):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Cut into blocks of 300 elements, so that small tensors are cut too, and thresholds take all their passes."""
-    monkeypatch.setattr(numerics, "BLOCK", 300)
+    monkeypatch.setattr(engine_room, "BLOCK", 300)
     monkeypatch.setattr(order, "BLOCK", 300)
     monkeypatch.setattr(engine_room, "_PASS_RUN", 900)
 
@@ -77,7 +77,7 @@ def test_the_bytes_do_not_depend_on_where_the_output_is_cut_or_on_threads(name, 
 def test_many_blocks_give_what_one_gives(name, monkeypatch):
     base, models = inputs(torch.float64)
     once = numerics.load(engine(name, base, models))
-    monkeypatch.setattr(numerics, "BLOCK", 300)
+    monkeypatch.setattr(engine_room, "BLOCK", 300)
     monkeypatch.setattr(order, "BLOCK", 300)
     often = numerics.load(engine(name, base, models))
     assert torch.allclose(once, often, rtol=1e-14, atol=1e-16)

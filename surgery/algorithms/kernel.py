@@ -109,6 +109,14 @@ class Kernel:
         """Count the passes over the whole tensor that go before combining."""
         return 0
 
+    @property
+    def resident(self) -> int:
+        """Bytes that it holds of a tensor from the first pass to the last block, at most."""
+        return 0
+
+    def forget(self) -> None:
+        """Let go of what it holds: the whole tensor is made. Should more be asked for, it is found again."""
+
     def sample(self, block: Block) -> None:
         """See some of the tensor's elements (gathered, ``start`` means nothing) before the first stage."""
 

@@ -48,11 +48,22 @@ class TaskArithmetic(Kernel):
         self.unit = self._sparse.unit
         wanted = bool(setting.parameters.get("rescale", False)) and min(self._sparse.densities, default=1) < 1
         self._by_l1 = wanted and (setting.mergekit or self.magnitudes_rescaled_by_l1)
+        if self._by_l1:
+            self._sparse.remember()
 
     @property
     def stages(self) -> int:
         """Take the sparsifier's passes, and one for L1 norms where they are kept."""
         return self._sparse.stages + self._by_l1
+
+    @property
+    def resident(self) -> int:
+        """Count what the sparsifier remembers."""
+        return self._sparse.resident if self._by_l1 else 0
+
+    def forget(self) -> None:
+        """Let the sparsifier forget."""
+        self._sparse.forget()
 
     def sample(self, block: Block) -> None:
         """Let the sparsifier guess its thresholds."""
@@ -96,7 +107,7 @@ class TaskArithmetic(Kernel):
 
 
 def _l1(values: torch.Tensor) -> float:
-    return float(values.abs().sum(dtype=torch.float64))
+    return float(torch.abs(values, out=scratch("magnitudes", values.numel(), values.dtype)).sum())
 
 
 def agreed_sum(
