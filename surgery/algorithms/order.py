@@ -136,6 +136,11 @@ class Order:
         self.stages = 0 if not ranks else 1 if self._at_once else 1 + self._bits // _DIGIT
 
     @property
+    def resident(self) -> int:
+        """Bytes that counting takes, at most."""
+        return 0 if self._at_once else len(self.ranks) * 8 * (_WIDEST + 2 * _BINS)
+
+    @property
     def streams(self) -> list[int]:
         """Streams that are looked at."""
         return sorted({rank.stream for rank in self.ranks})

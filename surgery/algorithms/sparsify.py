@@ -26,6 +26,8 @@ class Sparsifier:
     """Keeps all."""
 
     unit = 1
+    buffers = 0
+    """Working buffers of a block's size that it needs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -80,6 +82,12 @@ class Magnitude(Sparsifier):
             if rank < setting.numel
         ]
         self._order = Order(ranks, setting.numel, setting.dtype)
+        self.buffers = len(self.densities) + 3  # magnitudes, and what counting takes
+
+    @property
+    def resident(self) -> int:
+        """Count what thresholds take."""
+        return self._order.resident
 
     def window(self, density: float, model: int) -> tuple[int, int] | None:
         """Return the ranks (from 1, by falling magnitude) of the first and the last element kept; ``None``: keep all."""
@@ -182,6 +190,8 @@ class Bits:
 class Drawn(Sparsifier):
     """Keeps what a draw says."""
 
+    buffers = 2  # words and mask
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._by_chance = bool(setting.parameters["rescale"]) and not setting.mergekit
@@ -190,8 +200,8 @@ class Drawn(Sparsifier):
 
     @property
     def resident(self) -> int:
-        """Bytes of what is remembered."""
-        return -(-self.setting.numel // 8) * sum(0 < density < 1 for density in self.densities)
+        """Count a bit an element."""
+        return -(-self.setting.numel // 8) * len(self._remembered)
 
     def remember(self) -> None:
         """Remember what is drawn from now on."""
@@ -246,6 +256,8 @@ class MagPrune(Drawn):
     all of them are kept as the last of them is: that needs a row sorted, not the places of its elements.
     """
 
+    buffers = 8
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         shape = setting.shape
@@ -299,8 +311,9 @@ class MagPrune(Drawn):
         first.mul_(per_rank * 2.0**-32).add_((0.5 - least) * per_rank + 1).clamp_(0, length)
         ranks = scratch("ranks", rows.numel(), torch.int64).copy_(first).view(rows.shape)
         limits = torch.gather(ordered, 1, ranks, out=first.view(rows.shape))
-        mask = scratch("mask", rows.numel(), torch.bool).numpy()
-        return np.greater_equal(magnitudes.view(-1).numpy(), limits.view(-1).numpy(), out=mask)
+        mask: np.ndarray = scratch("mask", rows.numel(), torch.bool).numpy()
+        np.greater_equal(magnitudes.view(-1).numpy(), limits.view(-1).numpy(), out=mask)
+        return mask
 
 
 def _places(rows: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,6 @@ class TaskArithmetic(Kernel):
     magnitudes_rescaled_by_l1: ClassVar[bool] = True
     """Whether ``rescale`` means the L1 norm in the paper's semantics too."""
 
-    buffers = 4
-
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sparse = self.sparsifier(setting)
@@ -48,6 +46,7 @@ class TaskArithmetic(Kernel):
         self.unit = self._sparse.unit
         wanted = bool(setting.parameters.get("rescale", False)) and min(self._sparse.densities, default=1) < 1
         self._by_l1 = wanted and (setting.mergekit or self.magnitudes_rescaled_by_l1)
+        self.buffers = self._sparse.buffers + (3 if self.consensus else 0) + self._by_l1
         if self._by_l1:
             self._sparse.remember()
 
@@ -59,7 +58,7 @@ class TaskArithmetic(Kernel):
     @property
     def resident(self) -> int:
         """Count what the sparsifier remembers."""
-        return self._sparse.resident if self._by_l1 else 0
+        return self._sparse.resident
 
     def forget(self) -> None:
         """Let the sparsifier forget."""
