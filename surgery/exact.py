@@ -20,8 +20,9 @@ from surgery.formats import delta_codec, delta_manifest
 from surgery.formats.delta_codec import Block
 from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest
 from surgery.provenance import BlockDigests
-from surgery.sources import local
-from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, byte_range, read_bytes
+from surgery.sources import folders, local
+from surgery.sources.references import is_hub_reference
+from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
 from surgery.writer import Publication
 
 SUFFIX = ".delta"
@@ -100,10 +101,13 @@ def is_delta(source: object) -> TypeGuard[str | os.PathLike[str] | Delta]:
     if not isinstance(source, str | os.PathLike):
         return False
     path = Path(source).expanduser()
-    if not path.is_file() or path.name.endswith(local.PICKLE_SUFFIXES):
+    if is_hub_reference(source) or path.is_dir():
+        path = local.resolve(source)
+    if not (path.is_file() or folders.is_absent(path)) or path.name.endswith(local.PICKLE_SUFFIXES):
         return False
-    with path.open("rb") as file:
-        start = file.read(512)
+    file = folders.open_file(path)
+    start = file.read(0, min(512, file.size))
+    file.close()
     # Any of three, so that a damaged file is still known for what it is.
     return any(mark.encode() in start for mark in (delta_manifest.FORMAT, MANIFEST, DATA))
 
@@ -217,7 +221,7 @@ class Restored:
         return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)
 
 
-class Proved:
+class Proved(Wrapper):
     """A tensor that is held against its recorded fingerprint whenever all of it is read at once.
 
     Args:
@@ -229,30 +233,15 @@ class Proved:
 
     def __init__(self, source: LazyTensor, known: Known, label: str, *, reverse: bool) -> None:
         self.spec = known.spec
-        self._source = source
+        self.source = source
         self._fingerprint = known.fingerprint
         self._label = label
         self._reverse = reverse
 
-    @property
-    def unit(self) -> int:
-        """The source's unit."""
-        return self._source.unit
-
-    @property
-    def scratch(self) -> int:
-        """The source's scratch."""
-        return self._source.scratch
-
-    @property
-    def resident(self) -> int:
-        """The source's resident bytes."""
-        return self._source.resident
-
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the range, and prove it if it is all there is."""
         try:
-            self._source.read_into(start, stop, out)
+            self.source.read_into(start, stop, out)
         except SurgeryError as error:
             raise error.at(tensor=self.spec.name) from None
         if (start, stop) == (0, self.spec.numel):
