@@ -21,6 +21,9 @@ from surgery.algorithms.order import Order, Rank
 from surgery.errors import UsageError
 from surgery.numerics import scratch
 
+_REMEMBERED = 128 << 20
+"""Bytes of one tensor's draws that are remembered, at most; more are drawn twice."""
+
 
 class Sparsifier:
     """Keeps all."""
@@ -204,9 +207,10 @@ class Drawn(Sparsifier):
         return -(-self.setting.numel // 8) * len(self._remembered)
 
     def remember(self) -> None:
-        """Remember what is drawn from now on."""
+        """Remember what is drawn from now on, unless it is too much."""
         drawing = [model for model, density in enumerate(self.densities) if 0 < density < 1]
-        self._remembered = {model: Bits(self.setting.numel) for model in drawing}
+        if len(drawing) * self.setting.numel <= 8 * _REMEMBERED:
+            self._remembered = {model: Bits(self.setting.numel) for model in drawing}
 
     def forget(self) -> None:
         """Draw again from now on: the same."""
