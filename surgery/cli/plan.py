@@ -8,11 +8,7 @@ from surgery.algorithms.registry import COMPAT
 from surgery.cli import options, terminal
 from surgery.errors import UsageError
 from surgery.formats import run_plan
-from surgery.tensor import human_bytes
 from surgery.writer import write_file
-
-RATE = 1e9
-"""Bytes a second for the time estimate."""
 
 
 @click.command("plan", short_help="Show what a recipe would do.")
@@ -39,6 +35,7 @@ def command(
       surgery plan recipe.yml -o merged --plan-out plan.json
       surgery run plan.json --job 1/2 & surgery run plan.json --job 2/2; surgery run plan.json --finish
     """
+    from surgery.operations import cost
     from surgery.operations.recipe import merge_recipe, read_recipe  # brings torch, which --help must not pay for
 
     if plan_out is not None and (out is None or out.endswith(".safetensors")):
@@ -49,8 +46,8 @@ def command(
     if not quiet:
         terminal.plan(found, as_json=as_json, verb="merge", notes_=merged.notes, tables=tables)
     if not as_json and not quiet:
-        total = found.bytes_read + found.bytes_written
-        terminal.facts([("time", f"about {total / RATE:.0f} s where reading and writing go at {human_bytes(RATE)}/s")])
+        time = cost.seconds(found, merged.tensors.values())
+        terminal.facts([("time", f"about {time:.0f} s, were this the machine of docs/performance.md, and idle")])
     if plan_out is not None and out is not None:
         saved = run_plan.RunPlan(
             read_recipe(recipe).decode(), out, merged.digest(max_shard_size=max_shard_size), compat, seed,
