@@ -5,6 +5,7 @@
 #   make check                          format, lint, types
 #   make bench                          timings against named peers
 #   make bench-extract, bench-merge     the same against mergekit, which gets an environment of its own
+#   make test-hub                       read the Hub through olah, which gets an environment of its own, and compare
 #   make oracle                         ask mergekit again, in an environment of its own, and compare
 #   make adapterhub                     bottlenecks that surgery writes, with AdapterHub's own loader as judge
 #   make eval-methods                   train what surgery add writes, about 20 minutes: docs/eval-methods.md
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench bench-extract bench-merge bench-deltas adapterhub eval-methods clean
+.PHONY: demo test test-hub check format oracle bench bench-extract bench-merge bench-deltas adapterhub eval-methods clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -41,6 +42,15 @@ demo: $(VENV)/test
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
+
+# olah is somebody else's server of the Hub's protocol, for reading.
+$(VENV)/olah:
+	@$(PYTHON) -m venv $(VENV)-olah
+	@$(VENV)-olah/bin/python -m pip --disable-pip-version-check install --quiet olah==0.5.4
+	@mkdir -p $(VENV) && touch $@
+
+test-hub: $(VENV)/test $(VENV)/olah
+	$(BIN)/python -m fixtures.hub_peer --olah $(VENV)-olah/bin/olah-cli
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -104,4 +114,4 @@ bench-deltas: $(VENV)/test
 	@$(BIN)/python -m bench.deltas
 
 clean:
-	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-adapterhub .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-adapterhub $(VENV)-olah .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

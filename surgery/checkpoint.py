@@ -87,6 +87,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.side_files = dict(side_files or {})
         self.notes = list(notes)
         self.origin = origin
+        self.quantised: dict[str, str] | None = None
+        """What :func:`quantised_modules` found, once it has looked."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -414,7 +416,9 @@ _QUANTISED_MARKS = (
 
 
 def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map every module whose weight is stored as codes to the name of the scheme."""
+    """Map every module whose weight is stored as codes to the name of the scheme; looked for once a checkpoint."""
+    if checkpoint.quantised is not None:
+        return checkpoint.quantised
     declared = (checkpoint.config or {}).get("quantization_config") or {}
     scheme = declared.get("quant_method") if isinstance(declared, dict) else None
     modules: dict[str, str] = {}
@@ -423,6 +427,7 @@ def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
             if name.endswith("." + mark) or (mark.startswith("_") and name.endswith(mark)):
                 modules.setdefault(name.removesuffix(mark).rstrip(".").removesuffix(".weight"), str(scheme or what))
                 break
+    checkpoint.quantised = modules
     return modules
 
 

@@ -127,6 +127,12 @@ class _File:
     output: OutputFile
     digests: Mapping[str, BlockDigests]
 
+    def start_writing(self, job: Job) -> None:
+        """Have a finished job brought to disk."""
+        first = job.pieces[0]
+        low, _ = byte_range(self.digests[first.tensor].spec, first.start, first.stop)
+        self.output.start_writing(self.layout.offsets[first.tensor] + low, job.nbytes)
+
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints of its tensors, all of whose blocks are written."""
         found: dict[str, str] = {}
@@ -155,9 +161,15 @@ def _run_jobs(
             _write_piece(piece, tensors[piece.tensor], files[job.file])
             low, high = byte_range(tensors[piece.tensor].spec, piece.start, piece.stop)
             progress.advance(high - low)
+        # The disk works while the next jobs are made; in a thread of its own, for it may have to wait for its turn.
+        disk.submit(files[job.file].start_writing, job)
         shards.job_done(job)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="surgery") as pool, _torch_on_one_thread():
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="surgery-disk") as disk,
+        ThreadPoolExecutor(workers, thread_name_prefix="surgery") as pool,
+        _torch_on_one_thread(),
+    ):
         futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

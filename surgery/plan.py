@@ -24,9 +24,9 @@ JOB_BYTES = 256_000_000
 SMALLEST_JOB = 4_000_000
 BLOCK_BYTES = 1 << 20
 """A worker's read and write buffer. 1 MiB was the fastest of 0.25 to 16 MiB: larger ones fall out of cache."""
-WORKER_BYTES = 24 << 20
+WORKER_BYTES = 6 << 20
 """Allowance a worker for the interpreter, the allocator and torch's own per-thread state."""
-FIXED_BYTES = 48 << 20
+FIXED_BYTES = 24 << 20
 """Allowance for what a run holds once: headers, the record, libraries touched for the first time."""
 DEFAULT_SHARD = 5_000_000_000
 

@@ -17,14 +17,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("numerics", "delta", "scaling"),
     ("algorithms", "methods"),
-    ("merged",),
+    ("passes", "merged"),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
     ("checkpoint", "history", "adapter", "exact"),
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "merged"}
+TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "passes", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
     "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "remove", "remove_keep", "extract_delta", "merge_delta",

@@ -11,12 +11,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import options, terminal
 from surgery.errors import UsageError, printable
 from surgery.formats import run_plan
-from surgery.tensor import human_bytes
 from surgery.writer import write_file
 
 F = TypeVar("F", bound=Callable[..., Any])
-RATE = 1e9
-"""Bytes a second for the time estimate."""
 
 
 def accept(function: F) -> F:
@@ -55,8 +52,10 @@ def show(
     if not quiet:
         terminal.plan(found, as_json=as_json, verb="merge", notes_=merged.notes, tables=tables)
     if not as_json and not quiet:
-        total = found.bytes_read + found.bytes_written
-        terminal.facts([("time", f"about {total / RATE:.0f} s where reading and writing go at {human_bytes(RATE)}/s")])
+        from surgery.operations import cost
+
+        time = cost.seconds(found, merged.tensors.values())
+        terminal.facts([("time", f"about {time:.0f} s, were this the machine of docs/performance.md, and idle")])
     if plan_out is not None and out is not None:
         files = {file.name: file.size for file in found.files}
         digest = merged.digest(max_shard_size=max_shard_size)
