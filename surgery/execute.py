@@ -396,7 +396,7 @@ def run_share(
     Raises:
         OutputError: somebody else writes one of them, or the finished files are those of another plan.
     """
-    own = range(share[0] - 1, len(plan.files), share[1])
+    own = plan.members(share)
     inputs = [source.path for source in sources]
     with Share(out, overwrite=overwrite, inputs=inputs, digest=plan.digest(work)) as staging:
         todo = [number for number in own if plan.files[number].name not in staging.finished]
