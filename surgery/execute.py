@@ -9,23 +9,23 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError, SurgeryError, VerificationError
 from surgery.formats.safetensors import build_header, build_index
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
-from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
+from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, digest_of, encode, sealed
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
 
-KEPT = "originals"
-KEPT_FILE = ".surgery/originals"
-"""Where a merge keeps what it replaced: not ``*.safetensors``, so that no loader takes it for weights."""
+KEPT_FILE, UNDO_FILE = ".surgery/originals", ".surgery/undo"
+"""Where a merge keeps what it replaced, and the undo records of the rest: not ``*.safetensors``, so that no loader takes
+them for weights."""
 
 
 class Progress(Protocol):
@@ -64,6 +64,26 @@ class Silent:
         """Ignore."""
 
 
+class Companion(Protocol):
+    """Somebody who notes what goes by while weights are made."""
+
+    def pack(self, names: Collection[str]) -> Iterable[bytes]:
+        """Write what was noted of some tensors, for a run that goes on where this one is broken off."""
+        ...
+
+    def unpack(self, data: bytes) -> None:
+        """Take over what an earlier run packed."""
+        ...
+
+    def records(self, fingerprints: Mapping[str, str]) -> Mapping[str, LazyTensor]:
+        """Return what belongs into the undo container, once all is written and has these fingerprints."""
+        ...
+
+    def report(self) -> Mapping[str, Any]:
+        """Return fields for the record."""
+        ...
+
+
 def run(
     plan: Plan,
     tensors: Mapping[str, LazyTensor],
@@ -72,6 +92,7 @@ def run(
     *,
     names: Mapping[str, str] | None = None,
     only: Collection[int] | None = None,
+    companion: Companion | None = None,
 ) -> dict[str, str]:
     """Write every tensor of a plan into a publication's staging folder, but those whose files are finished already.
 
@@ -82,6 +103,7 @@ def run(
         progress: somebody who watches.
         names: other names for the plan's files, which are then small, and not entered in the journal.
         only: the numbers of the files to make; all by default.
+        companion: somebody who notes what goes by; told what an earlier run noted of the files that it finished.
 
     Returns:
         The fingerprint of every tensor in the files that are finished now, by name.
@@ -97,6 +119,8 @@ def run(
             name = publication.out.name if publication.single else (names or {}).get(layout.name, layout.name)
             if name in publication.finished:
                 found |= publication.finished[name]
+                if companion is not None:
+                    companion.unpack(publication.notes(name))
             elif only is None or number in only:
                 output = stack.enter_context(publication.create(name, layout.size))
                 output.write_at(0, memoryview(layout.prefix))
@@ -105,10 +129,9 @@ def run(
                 )
         jobs = [job for job in plan.jobs if job.file in files]
         watcher.start(sum(job.nbytes for job in jobs))
+        shards = _Shards(jobs, files, publication, watcher, companion, enter=not names)
         try:
-            _run_jobs(
-                plan.workers, jobs, tensors, files, _Shards(jobs, files, publication, watcher, enter=not names), watcher
-            )
+            _run_jobs(plan.workers, jobs, tensors, files, shards, watcher)
         finally:
             watcher.finish()
     for file in files.values():
@@ -177,10 +200,12 @@ class _Shards:
         files: Mapping[int, _File],
         publication: Publication,
         progress: Progress,
+        companion: Companion | None,
         *,
         enter: bool,
     ) -> None:
         self._enter = enter
+        self._companion = companion
         self._files = files
         self._publication = publication
         self._progress = progress
@@ -196,7 +221,9 @@ class _Shards:
                 return
         file = self._files[job.file]
         if self._enter:
-            self._publication.finish(file.name, file.output, file.fingerprints())
+            prints = file.fingerprints()
+            notes = None if self._companion is None else self._companion.pack(prints.keys())
+            self._publication.finish(file.name, file.output, prints, notes)
         with self._lock:
             self._done += 1
             done = self._done
@@ -259,7 +286,9 @@ def publish(
     sources: Sequence[Sources] = (),
     files: Mapping[str, bytes] | None = None,
     copies: Mapping[str, Path] | None = None,
-    kept: Mapping[str, LazyTensor] | None = None,
+    kept: Mapping[str, Mapping[str, LazyTensor]] | None = None,
+    carried: Mapping[str, Mapping[str, str]] | None = None,
+    companion: Companion | None = None,
     check: Callable[[Path, Mapping[str, str]], None] | None = None,
     work: str | None = None,
     restart: bool = False,
@@ -281,7 +310,9 @@ def publish(
         sources: files being read: checked for change before anything is published, and never written to.
         files: small files to write.
         copies: side files to copy.
-        kept: tensors that a later unmerge needs, for ``.surgery/originals``.
+        kept: tensors that a later unmerge needs: for each of our containers its content.
+        carried: the fingerprints that tensors in ``kept`` are recorded to have, where they come from an earlier output.
+        companion: somebody who notes what goes by; what it composes goes into the undo container and the record.
         check: told where the finished output lies and its tensors' fingerprints, just before it is published.
         work: what decides the tensors' values, and the identity of the inputs: a run that was broken off with the same
             work and layout is continued. ``None``: every run begins anew.
@@ -297,38 +328,44 @@ def publish(
     """
     single = is_one_file(out)
     # A single file carries its record in its header, whose length must be known first: fingerprints have one length.
-    draft = record(dict.fromkeys(tensors, PLACEHOLDER)) if single else None
+    draft = {**record(dict.fromkeys(tensors, PLACEHOLDER)), SEAL: PLACEHOLDER} if single else None
     metadata = {METADATA_KEY: encode(draft).decode()} if draft else None
     plan = lay_out(
         tensors, shards=shards, stem=stem, max_shard_size=max_shard_size, metadata=metadata,
         workers=workers, max_memory=max_memory,
     )  # fmt: skip
-    extra = lay_out(kept, stem=KEPT, workers=workers) if kept else None
+    extra = sum(lay_out(each).bytes_written for each in (kept or {}).values() if each)
     digest = None if work is None else plan.digest(work)
     with Publication(
         out, overwrite=overwrite, inputs=[source.path for source in sources], digest=digest, restart=restart
     ) as publication:
         if finish:
             _refuse_unfinished(plan, publication)
-        sizes = sum(len(data) for data in (files or {}).values()) + (extra.bytes_written if extra else 0)
+        sizes = sum(len(data) for data in (files or {}).values()) + extra
         ready = sum(file.size for file in plan.files if file.name in publication.finished)
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )
-        fingerprints = run(plan, tensors, publication, progress)
-        if extra and kept:
-            run(extra, kept, publication, names={extra.files[0].name: KEPT_FILE})
+        fingerprints = run(plan, tensors, publication, progress, companion=companion)
+        containers = {name: dict(content) for name, content in (kept or {}).items()}
+        if companion is not None and not single:
+            containers.setdefault(UNDO_FILE, {}).update(companion.records(fingerprints))
+        prints = _write_containers(containers, publication, workers, carried or {})
         for name, path in (copies or {}).items():
             publication.copy(name, path)
         for name, data in (files or {}).items():
             publication.write(name, data)
-        document = record(fingerprints)
+        document = _with_tensors_last({**record(fingerprints), **(companion.report() if companion else {})})
         if single:
-            _rewrite_header(plan, publication, document)
+            _rewrite_header(
+                plan, publication, sealed({key: value for key, value in document.items() if key in (draft or {})})
+            )
         else:
             if plan.index:
                 members = {file.name: [plan.specs[name] for name in file.offsets] for file in plan.files}
                 publication.write(plan.index, build_index(members))
+            document |= {**({"kept": prints} if prints else {}), "files": _files_of(plan, publication)}
+            document = sealed(_with_tensors_last(document))
             publication.write(RECORD, encode(document))
         for source in sources:
             source.check_unchanged()
@@ -336,6 +373,49 @@ def publish(
             check(publication.staging, fingerprints)
         publication.commit()
     return document
+
+
+def _with_tensors_last(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in document.items() if key != "tensors"}, "tensors": document["tensors"]}
+
+
+def _write_containers(
+    containers: Mapping[str, Mapping[str, LazyTensor]],
+    publication: Publication,
+    workers: int,
+    carried: Mapping[str, Mapping[str, str]],
+) -> dict[str, dict[str, str]]:
+    """Write our own containers beside the weights, and return the fingerprints of what is in them.
+
+    Raises:
+        VerificationError: something carried over from an earlier output is not what was recorded.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for container, content in containers.items():
+        if not content:
+            continue
+        plan = lay_out(content, max_shard_size=1 << 62, workers=workers)
+        prints = run(plan, content, publication, names={plan.files[0].name: container})
+        for name, value in carried.get(container, {}).items():
+            if prints.get(name, value) != value:
+                raise VerificationError(
+                    "was changed since it was kept", file=container, tensor=name, mend="fetch it again"
+                )
+        found[container] = dict(sorted(prints.items()))
+    return found
+
+
+def _files_of(plan: Plan, publication: Publication) -> dict[str, dict[str, Any]]:
+    """Digest all that no fingerprint covers: small files whole, weight files' headers."""
+    found: dict[str, dict[str, Any]] = {}
+    weights = {file.name: file for file in plan.files}
+    for path in sorted(publication.staging.rglob("*")):
+        name = path.relative_to(publication.staging).as_posix()
+        if name in weights:
+            found[name] = {"bytes": weights[name].size, "header": digest_of(weights[name].prefix)}
+        elif path.is_file() and not name.startswith("."):
+            found[name] = {"bytes": path.stat().st_size, "digest": digest_of(path.read_bytes())}
+    return found
 
 
 def _refuse_unfinished(plan: Plan, publication: Publication) -> None:
@@ -358,6 +438,7 @@ def run_share(
     work: str,
     overwrite: bool = False,
     sources: Sequence[Sources] = (),
+    companion: Companion | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Make some of an output's files, beside other processes or machines that make the rest.
@@ -370,6 +451,7 @@ def run_share(
         work: see :func:`publish`, which publishes the output in the end.
         overwrite: whether an existing output will be replaced.
         sources: files being read.
+        companion: somebody who notes what goes by.
         progress: somebody who watches.
 
     Returns:
@@ -384,7 +466,7 @@ def run_share(
         todo = [number for number in own if plan.files[number].name not in staging.finished]
         staging.check_space(sum(plan.files[number].size for number in todo))
         if todo:
-            run(plan, tensors, staging, progress, only=todo)
+            run(plan, tensors, staging, progress, only=todo, companion=companion)
         for source in sources:
             source.check_unchanged()
     return [plan.files[number].name for number in own]

@@ -20,11 +20,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merged",),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
-    ("checkpoint", "history", "adapter", "exact"),
+    ("checkpoint", "history", "adapter", "exact", "rounding", "undo"),
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
+TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged", "rounding", "undo"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
     "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "extract_delta", "merge_delta",

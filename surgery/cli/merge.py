@@ -43,6 +43,9 @@ from surgery.errors import UsageError
 @click.option(
     "--reverse", is_flag=True, help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."
 )
+@click.option(
+    "--undo/--no-undo", default=True, help="Keep what unmerge needs to give the base back to the bit; kept by default."
+)
 @click.option("--allow-incomplete", is_flag=True, help="Merge an adapter that lacks modules its configuration names.")
 @options.allow_nonfinite
 @options.writing
@@ -54,7 +57,7 @@ from surgery.errors import UsageError
 def command(
     base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
     compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: dict[str, str] | None,
-    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
+    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool, undo: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
     max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Merge OTHERS into BASE: adapters, or with --algorithm models.
@@ -87,7 +90,7 @@ def command(
     merged = merge(
         base, *others, algorithm=algorithm, name_map=name_map,
         allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,
-        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse, **parameters,
+        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse, undo=undo, **parameters,
     )  # fmt: skip
     write(merged, out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip
