@@ -9,7 +9,7 @@ undone in reverse order.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class History:
     """The undo records, by theirs."""
     kept_prints: dict[str, dict[str, str]] = field(default_factory=dict)
     """The recorded fingerprints of both containers' contents, by the container's name."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know of the folder."""
     stored: list[StoredWeights] = field(default_factory=list)
     """The files that ``kept`` and ``undo`` read from."""
 
@@ -136,9 +138,51 @@ def history_of(checkpoint: Checkpoint) -> History:
             history.base_prints[name] = entry["base"]
     history.kept_prints = dict(document.get("kept", {}))
     if path.is_dir():
-        history.kept = _open_container(history, path, KEPT_FILE)
-        history.undo = _open_container(history, path, UNDO_FILE)
+        open_kept(history, path)
+        history.notes = _check_files(checkpoint.stored[0], document.get("files", {}))
     return history
+
+
+def weight_headers(stored: StoredWeights) -> dict[str, tuple[int, str]]:
+    """Map weight files to their sizes and the digests of their headers."""
+    found = {}
+    for name, file in zip(dict.fromkeys(stored.shards.values()), stored.files, strict=False):
+        length = 8 + int.from_bytes(file.read(0, min(8, file.size)), "little")
+        found[name] = file.size, provenance.digest_of(file.read(0, min(length, file.size)))
+    return found
+
+
+def _check_files(stored: StoredWeights, recorded: Mapping[str, Any]) -> list[str]:
+    """Look at what no fingerprint covers. Other sizes are other files: re-sharded, converted, or edited on purpose.
+
+    Returns:
+        Notes on small files that are of the same size, and not the same.
+
+    Raises:
+        VerificationError: so is the header of a weight file.
+    """
+    for name, (size, digest) in weight_headers(stored).items():
+        entry = recorded.get(name, {})
+        if entry.get("bytes") == size and entry.get("header", digest) != digest:
+            raise VerificationError("its header was changed since it was written", file=stored.path / name)
+    notes = []
+    for name, entry in recorded.items():
+        path = stored.path / name
+        same_size = "digest" in entry and path.is_file() and path.stat().st_size == entry.get("bytes")
+        if same_size and provenance.digest_of(path.read_bytes()) != entry["digest"]:
+            notes.append(f"{stored.label}: {name} was changed since it was written; surgery verify tells what is whole")
+    return notes
+
+
+def open_kept(history: History, folder: Path) -> None:
+    """Open what merges kept in a folder; headers are read and checked, data is not.
+
+    Raises:
+        FormatError: a container is malformed.
+        VerificationError: it is not what the record lists.
+    """
+    history.kept = _open_container(history, folder, KEPT_FILE)
+    history.undo = _open_container(history, folder, UNDO_FILE)
 
 
 def _open_container(history: History, folder: Path, name: str) -> dict[str, LazyTensor]:

@@ -235,6 +235,8 @@ def check_schema(document: Mapping[str, Any]) -> None:
         groups = document.get(key, {})
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise FormatError(f"the record's {key!r} is malformed")
+    if not all(name and not name.startswith("/") and ".." not in name.split("/") for name in document.get("files", {})):
+        raise FormatError("the record's 'files' names something outside the folder")
     if not all(_is_fingerprint(value) for group in document.get("kept", {}).values() for value in group.values()):
         raise FormatError("the record's 'kept' is not made of fingerprints")
 

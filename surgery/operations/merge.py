@@ -134,7 +134,7 @@ def merge(
         shards=checkpoint.shards,
         config=config,
         side_files=checkpoint.side_files,
-        notes=[*checkpoint.notes, *(note for binding in bindings for note in binding.notes)],
+        notes=[*checkpoint.notes, *work.history.notes, *(note for binding in bindings for note in binding.notes)],
         origin=Origin(
             work.record,
             kept={KEPT_FILE: work.originals(), UNDO_FILE: work.history.undo},

@@ -145,7 +145,7 @@ def _restored(
         shards=checkpoint.shards,
         config=config,
         side_files=checkpoint.side_files,
-        notes=[*checkpoint.notes, *notes],
+        notes=[*checkpoint.notes, *history.notes, *notes],
         origin=Origin(
             record, kept={KEPT_FILE: future.kept, UNDO_FILE: future.undo}, carried=history.kept_prints, history=future,
             counts={"restored": touched, "copied": len(tensors) - touched}, files=files,

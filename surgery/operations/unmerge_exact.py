@@ -78,6 +78,7 @@ class ExactWork:
         self.resized: dict[str, int] = {}
         """Weights that get back the number of rows they had."""
         self._undone: dict[str, Undone] = {}
+        self._traced: dict[str, provenance.Traced] = {}
         self._check_touched()
         self.tensors = {
             name: self._restored(name) if name in self.touched else tensor for name, tensor in merged.tensors.items()
@@ -117,7 +118,8 @@ class ExactWork:
             if isinstance(update, ADDITIVE)
         ]
         rows = self.history.original_rows(self.step, name)
-        self._undone[name] = Undone(any_range(merged), updates if undo.predicted else [], undo, record, rows)
+        self._traced[name] = provenance.Traced(any_range(merged))
+        self._undone[name] = Undone(self._traced[name], updates if undo.predicted else [], undo, record, rows)
         return self._undone[name]
 
     def record(self, fingerprints: Mapping[str, str], adapters: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,18 +153,24 @@ class ExactWork:
 
     def _prove(self, fingerprints: Mapping[str, str]) -> None:
         for name, value in fingerprints.items():
-            if name not in self.touched:
-                if self.history.prints.get(name, value) != value:
-                    raise changed_since(name, self.merged.label)
-            elif self.before.get(name, value) != value:
-                now = provenance.fingerprint(self.merged.tensors[name])
-                if self.history.prints.get(name, now) != now:
-                    raise changed_since(name, self.merged.label)
-                if name in self._undone:
-                    raise self._undone[name].failure(now)
-                raise VerificationError(
-                    "the original that was kept was changed", file=KEPT_FILE, tensor=name, mend="fetch it again"
-                )
+            now = self._now(name, value)
+            if self.history.prints.get(name, now) != now:
+                raise changed_since(name, self.merged.label)
+            if self.before.get(name, value) == value or name not in self.touched:
+                continue
+            if name in self._undone:
+                raise self._undone[name].failure(now)
+            raise VerificationError(
+                "the original that was kept was changed", file=KEPT_FILE, tensor=name, mend="fetch it again"
+            )
+
+    def _now(self, name: str, written: str) -> str:
+        """Fingerprint a tensor of the merged checkpoint."""
+        if name not in self.touched:
+            return written  # it was copied
+        if name in self._traced:
+            return self._traced[name].fingerprint()
+        return provenance.fingerprint(self.merged.tensors[name])
 
 
 def changed_since(name: str, label: str) -> MismatchError:
