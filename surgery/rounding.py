@@ -33,6 +33,8 @@ class Sums:
     """``Σ (applied − Δ)²``."""
     along: float
     """``Σ W·Δ``."""
+    base: float
+    """``Σ W²``."""
 
     @classmethod
     def of(cls, error: torch.Tensor, base: torch.Tensor, values: torch.Tensor, changed: int) -> Sums:
@@ -45,19 +47,21 @@ class Sums:
             changed: elements whose bits changed.
         """
         ideal = torch.sub(values, base, out=numerics.scratch("ideal", values.numel()))
-        return cls(values.numel(), changed, float(ideal @ ideal), float(error @ error), float(base @ ideal))
+        return cls(
+            values.numel(), changed, float(ideal @ ideal), float(error @ error), float(base @ ideal), float(base @ base)
+        )
 
     @classmethod
     def total(cls, sums: Sequence[Sums]) -> Sums:
         """Add sums up: exactly, so that their order does not matter."""
         return cls(
             sum(one.count for one in sums), sum(one.changed for one in sums), _sum(one.ideal for one in sums),
-            _sum(one.lost for one in sums), _sum(one.along for one in sums),
+            _sum(one.lost for one in sums), _sum(one.along for one in sums), _sum(one.base for one in sums),
         )  # fmt: skip
 
     def as_list(self) -> list[float]:
         """Write them for a journal."""
-        return [self.count, self.changed, self.ideal, self.lost, self.along]
+        return [self.count, self.changed, self.ideal, self.lost, self.along, self.base]
 
     @classmethod
     def from_list(cls, numbers: Sequence[float]) -> Sums:
@@ -93,6 +97,30 @@ def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
         (name for name in tensors if tensors[name]["error"] is not None), key=lambda n: (-(tensors[n]["error"] or 0), n)
     )
     return {"delta_kept": {**Sums.total(list(sums.values())).shown(), "worst": worst[:WORST], "tensors": tensors}}
+
+
+INSIDE, SURE = 0.35, 6.0
+"""From what share of a delta on it counts as inside, and how many standard deviations that must be from chance."""
+
+
+def inside(sums: Mapping[str, Sums]) -> float | None:
+    """Say how much of a delta seems to be in the weights already: its projection ``⟨W, Δ⟩ / ⟨Δ, Δ⟩``, pooled over weights.
+
+    It is near 0 for weights that know nothing of the delta and near 1 for those that it was added to, of which bfloat16
+    may have rounded a part away. A weight ``W`` of ``n`` elements that has nothing to do with ``Δ`` gives 0 with a standard
+    deviation of ``‖W‖ / (√n ‖Δ‖)``. This backs up a record; it cannot replace one.
+
+    Returns:
+        The share; ``None`` where it is small, could be chance, or does not hold for three weights of four.
+    """
+    sound = [one for one in sums.values() if one.ideal > 0 and math.isfinite(one.ideal + one.along + one.base)]
+    if not sound:
+        return None
+    total = math.fsum(one.ideal for one in sound)
+    share = math.fsum(one.along for one in sound) / total
+    chance = math.sqrt(math.fsum(one.base / one.count * one.ideal for one in sound)) / total
+    quartile = sorted(one.along / one.ideal for one in sound)[len(sound) // 4]
+    return share if min(share, quartile) >= INSIDE and share >= SURE * chance else None
 
 
 def table(kept: Mapping[str, Any]) -> Table:

@@ -45,7 +45,7 @@ class Work:
                 self._labels.setdefault(name, [base.label]).extend([adapter.label] * len(updates))
         self.traced = {name: provenance.Traced(base.tensors[name]) for name in self.updates}
         self._allow_base_mismatch = allow_base_mismatch
-        self._undo = undo
+        self.undo = undo
         self.prints = [adapter.fingerprint() for adapter in adapters]
 
     @property
@@ -82,7 +82,7 @@ class Work:
             name: tensor for name, tensor in tensors.items() if isinstance(tensor, Applied) and name in self.touched
         }
         replaced = {name for binding in self.bindings for name in binding.replaced}
-        ledger = Ledger(frozenset(computed.keys() - replaced if self._undo else ()))
+        ledger = Ledger(frozenset(computed.keys() - replaced if self.undo else ()))
         watched: dict[str, LazyTensor] = {
             name: tensor.watched(ledger.witness(tensor.spec)) for name, tensor in computed.items()
         }
@@ -92,7 +92,7 @@ class Work:
         """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
         step = self.history.next_step
         kept = dict(self.history.kept)
-        if not self._undo:
+        if not self.undo:
             return kept
         for name in sorted(self.updates):
             if any(name in binding.replaced for binding in self.bindings):
@@ -243,7 +243,24 @@ class Witnessed:
         }  # fmt: skip
 
     def _inside(self, sums: Mapping[str, rounding.Sums]) -> dict[str, Any]:
-        return {}
+        """Warn where there is no record to say so, and the adapter seems to be in there already."""
+        work = self.work
+        if work.history.known or len(work.adapters) != 1:
+            return {}
+        share = rounding.inside(
+            {name: one for name, one in sums.items() if name in self.ledger.undoable or not work.undo}
+        )
+        if share is None:
+            return {}
+        found = f"{share * abs(work.coeffs[0]):.2g}"
+        return {
+            "warnings": [
+                (
+                    f"{work.adapters[0].label} seems to be in {work.base.label} already, with coefficient {found} or so "
+                    "(projection of the weights on it); there is no record to tell"
+                )
+            ]
+        }
 
 
 def _is_copy(updates: Sequence[Update]) -> bool:
