@@ -25,6 +25,7 @@ class Sums:
     """What is added up over the elements of a weight."""
 
     count: int
+    """Elements that ``Δ`` was to change."""
     changed: int
     """Elements whose stored bits changed."""
     ideal: float
@@ -37,7 +38,9 @@ class Sums:
     """``Σ W²``."""
 
     @classmethod
-    def of(cls, error: torch.Tensor, base: torch.Tensor, values: torch.Tensor, changed: int) -> Sums:
+    def of(
+        cls, error: torch.Tensor, base: torch.Tensor, values: torch.Tensor, changed: int, *, partial: bool = False
+    ) -> Sums:
         """Add up one block.
 
         Args:
@@ -45,10 +48,12 @@ class Sums:
             base: old values, float64.
             values: ``W + Δ`` before rounding, float64.
             changed: elements whose bits changed.
+            partial: ``Δ`` may be zero in places, which then do not count.
         """
         ideal = torch.sub(values, base, out=numerics.scratch("ideal", values.numel()))
+        count = int(torch.count_nonzero(ideal)) if partial else values.numel()
         return cls(
-            values.numel(), changed, float(ideal @ ideal), float(error @ error), float(base @ ideal), float(base @ base)
+            count, changed, float(ideal @ ideal), float(error @ error), float(base @ ideal), float(base @ base)
         )
 
     @classmethod

@@ -190,7 +190,9 @@ class _Sight:
         """Look at one block."""
         known, merged = _patterns(made.known, self._looking.spec), _patterns(made.merged, self._looking.spec)
         error = numerics.scratch("undo error", made.values.numel()).copy_(made.merged).sub_(made.values)
-        self._sums.append(Sums.of(error, made.base, made.values, int(np.count_nonzero(known != merged))))
+        changed = int(np.count_nonzero(known != merged))
+        partial = any(isinstance(update, LoadedRows) for update in loaded)
+        self._sums.append(Sums.of(error, made.base, made.values, changed, partial=partial))
         if not self._looking.undoable:
             return
         place = slice(start - self._start, start - self._start + known.size)

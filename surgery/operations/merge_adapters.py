@@ -11,7 +11,7 @@ import numpy as np
 from surgery import provenance, rounding
 from surgery.adapter import Adapter, Binding, expected_base
 from surgery.checkpoint import Checkpoint
-from surgery.delta import Applied, Cast, Checked, Replacement, Update
+from surgery.delta import ADDITIVE, Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError
 from surgery.history import History
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
@@ -247,9 +247,8 @@ class Witnessed:
         work = self.work
         if work.history.known or len(work.adapters) != 1:
             return {}
-        share = rounding.inside(
-            {name: one for name, one in sums.items() if name in self.ledger.undoable or not work.undo}
-        )
+        additive = {name for name, updates in work.updates.items() if all(isinstance(u, ADDITIVE) for u in updates)}
+        share = rounding.inside({name: one for name, one in sums.items() if name in additive})
         if share is None:
             return {}
         found = f"{share * abs(work.coeffs[0]):.2g}"
