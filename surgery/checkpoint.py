@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.formats.delta_manifest import MANIFEST
+from surgery.kept import Companion
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
@@ -41,7 +42,7 @@ class Origin:
     """What is kept beside the weights: for each of our containers its tensors."""
     carried: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Recorded fingerprints of those tensors in ``kept`` that an earlier output kept."""
-    watch: Callable[[], tuple[Mapping[str, LazyTensor], execute.Companion]] | None = None
+    watch: Callable[[], tuple[Mapping[str, LazyTensor], Companion]] | None = None
     """Begins a run under somebody's eyes: the tensors that are looked at while they are made, and who looks."""
     history: Any = None
     """What will be merged into it once it is saved: a :class:`surgery.history.History`."""
@@ -281,7 +282,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             progress=progress,
         )  # fmt: skip
 
-    def _watched(self, origin: Origin | None) -> tuple[dict[str, LazyTensor], execute.Companion | None]:
+    def _watched(self, origin: Origin | None) -> tuple[dict[str, LazyTensor], Companion | None]:
         if origin is None or origin.watch is None:
             return self.tensors, None
         tensors, companion = origin.watch()

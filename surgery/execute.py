@@ -9,23 +9,20 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import OutputError, SurgeryError, VerificationError
+from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
+from surgery.kept import UNDO_FILE, Companion, check_carried, digests_beside, tensors_last
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
-from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, digest_of, encode, sealed
+from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, encode, sealed
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
-
-KEPT_FILE, UNDO_FILE = ".surgery/originals", ".surgery/undo"
-"""Where a merge keeps what it replaced, and the undo records of the rest: not ``*.safetensors``, so that no loader takes
-them for weights."""
 
 
 class Progress(Protocol):
@@ -62,26 +59,6 @@ class Silent:
 
     def finish(self) -> None:
         """Ignore."""
-
-
-class Companion(Protocol):
-    """Somebody who notes what goes by while weights are made."""
-
-    def pack(self, names: Collection[str]) -> Iterable[bytes]:
-        """Write what was noted of some tensors, for a run that goes on where this one is broken off."""
-        ...
-
-    def unpack(self, data: bytes) -> None:
-        """Take over what an earlier run packed."""
-        ...
-
-    def records(self, fingerprints: Mapping[str, str]) -> Mapping[str, LazyTensor]:
-        """Return what belongs into the undo container, once all is written and has these fingerprints."""
-        ...
-
-    def report(self) -> Mapping[str, Any]:
-        """Return fields for the record."""
-        ...
 
 
 def run(
@@ -355,7 +332,7 @@ def publish(
             publication.copy(name, path)
         for name, data in (files or {}).items():
             publication.write(name, data)
-        document = _with_tensors_last({**record(fingerprints), **(companion.report() if companion else {})})
+        document = tensors_last({**record(fingerprints), **(companion.report() if companion else {})})
         if single:
             _rewrite_header(
                 plan, publication, sealed({key: value for key, value in document.items() if key in (draft or {})})
@@ -364,8 +341,8 @@ def publish(
             if plan.index:
                 members = {file.name: [plan.specs[name] for name in file.offsets] for file in plan.files}
                 publication.write(plan.index, build_index(members))
-            document |= {**({"kept": prints} if prints else {}), "files": _files_of(plan, publication)}
-            document = sealed(_with_tensors_last(document))
+            document |= {**({"kept": prints} if prints else {}), "files": digests_beside(plan, publication.staging)}
+            document = sealed(tensors_last(document))
             publication.write(RECORD, encode(document))
         for source in sources:
             source.check_unchanged()
@@ -373,10 +350,6 @@ def publish(
             check(publication.staging, fingerprints)
         publication.commit()
     return document
-
-
-def _with_tensors_last(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in document.items() if key != "tensors"}, "tensors": document["tensors"]}
 
 
 def _write_containers(
@@ -396,25 +369,8 @@ def _write_containers(
             continue
         plan = lay_out(content, max_shard_size=1 << 62, workers=workers)
         prints = run(plan, content, publication, names={plan.files[0].name: container})
-        for name, value in carried.get(container, {}).items():
-            if prints.get(name, value) != value:
-                raise VerificationError(
-                    "was changed since it was kept", file=container, tensor=name, mend="fetch it again"
-                )
+        check_carried(container, prints, carried.get(container, {}))
         found[container] = dict(sorted(prints.items()))
-    return found
-
-
-def _files_of(plan: Plan, publication: Publication) -> dict[str, dict[str, Any]]:
-    """Digest all that no fingerprint covers: small files whole, weight files' headers."""
-    found: dict[str, dict[str, Any]] = {}
-    weights = {file.name: file for file in plan.files}
-    for path in sorted(publication.staging.rglob("*")):
-        name = path.relative_to(publication.staging).as_posix()
-        if name in weights:
-            found[name] = {"bytes": weights[name].size, "header": digest_of(weights[name].prefix)}
-        elif path.is_file() and not name.startswith("."):
-            found[name] = {"bytes": path.stat().st_size, "digest": digest_of(path.read_bytes())}
     return found
 
 

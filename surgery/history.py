@@ -17,9 +17,9 @@ from typing import Any
 from surgery import provenance
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError, VerificationError
-from surgery.execute import KEPT_FILE, UNDO_FILE
 from surgery.formats import safetensors, undo_record
 from surgery.formats.undo_record import Undo
+from surgery.kept import KEPT_FILE, UNDO_FILE
 from surgery.plan import container_prefix
 from surgery.sources import local
 from surgery.sources.local import StoredWeights

@@ -52,9 +52,7 @@ class Sums:
         """
         ideal = torch.sub(values, base, out=numerics.scratch("ideal", values.numel()))
         count = int(torch.count_nonzero(ideal)) if partial else values.numel()
-        return cls(
-            count, changed, float(ideal @ ideal), float(error @ error), float(base @ ideal), float(base @ base)
-        )
+        return cls(count, changed, float(ideal @ ideal), float(error @ error), float(base @ ideal), float(base @ base))
 
     @classmethod
     def total(cls, sums: Sequence[Sums]) -> Sums:

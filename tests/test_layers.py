@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "methods"),
     ("merged",),
     ("sources",),
-    ("provenance", "journal", "plan", "writer", "execute"),
+    ("provenance", "journal", "plan", "kept", "writer", "execute"),
     ("checkpoint", "history", "adapter", "exact", "rounding", "undo"),
     ("operations",),
     ("cli",),

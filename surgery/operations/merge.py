@@ -14,8 +14,8 @@ from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, requ
 from surgery.delta import Applied
 from surgery.errors import MismatchError, UsageError
 from surgery.exact import Delta, is_delta
-from surgery.execute import KEPT_FILE, UNDO_FILE
 from surgery.history import history_of
+from surgery.kept import KEPT_FILE, UNDO_FILE
 from surgery.operations.merge_adapters import Work
 from surgery.operations.merge_delta import merge_delta
 from surgery.operations.merge_models import Missing, Value, merge_models

@@ -14,8 +14,8 @@ from surgery.adapter import Adapter, Binding, bind, expected_base, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, Record, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Dense, ExpertsLowRank, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError
-from surgery.execute import KEPT_FILE, UNDO_FILE
 from surgery.history import History, history_of
+from surgery.kept import KEPT_FILE, UNDO_FILE
 from surgery.operations.merge import resized_config
 from surgery.operations.unmerge_exact import ExactWork, is_undoable, refuse_order
 from surgery.report import join_shown

@@ -10,8 +10,8 @@ from surgery.adapter import Adapter, Binding
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADDITIVE, Update
 from surgery.errors import MismatchError, VerificationError
-from surgery.execute import KEPT_FILE
 from surgery.history import History
+from surgery.kept import KEPT_FILE
 from surgery.report import join_shown
 from surgery.tensor import LazyTensor, any_range
 from surgery.undo import Undone

@@ -8,10 +8,10 @@ from typing import Any
 
 from surgery import provenance
 from surgery.errors import SurgeryError, VerificationError
-from surgery.execute import KEPT_FILE, UNDO_FILE
 from surgery.formats.safetensors import build_header
 from surgery.formats.undo_record import check_part
 from surgery.history import History, open_kept, read_undo, weight_headers
+from surgery.kept import KEPT_FILE, UNDO_FILE
 from surgery.sources.local import StoredWeights
 from surgery.tensor import LazyTensor, human_bytes, read_bytes
 
