@@ -19,15 +19,15 @@ from surgery.kept import Companion
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
-from surgery.sources import local, memory
+from surgery.sources import folders, local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
-from surgery.writer import is_one_file
+from surgery.writer import Publication, is_one_file
 
 if TYPE_CHECKING:
     import torch
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-"""What operations take for a checkpoint: a path, a state dict in memory, or a :class:`Checkpoint`."""
+"""What operations take for a checkpoint: a path or ``hf://org/name``, a state dict in memory, or a :class:`Checkpoint`."""
 
 Record = Callable[[Mapping[str, str]], dict[str, Any]]
 """Composes an output's provenance from the fingerprints of its tensors."""
@@ -108,6 +108,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Number of floating-point elements: what people call parameters."""
         return sum(spec.numel for spec in self.specs.values() if spec.dtype.startswith(("F", "BF")))
 
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What a record says of where it was, beside its name; see :func:`surgery.sources.local.pinned`."""
+        return local.pinned(self.stored) if self.origin is None else {}
+
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor's recipe.
 
@@ -182,7 +187,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if single:
             return weights
         kept = [lay_out(content, workers=1) for content in origin.kept.values() if content]
-        beside = [*map(len, origin.files.values()), *(path.stat().st_size for path in self._copies(origin).values())]
+        beside = [*map(len, origin.files.values()), *map(folders.size, self._copies(origin).values())]
         return replace(
             weights,
             bytes_written=weights.bytes_written + sum(plan.bytes_written for plan in kept) + sum(beside),
@@ -203,6 +208,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         restart: bool = False,
         finish: bool = False,
         progress: execute.Progress | None = None,
+        into: Publication | None = None,
     ) -> dict[str, Any]:
         """Write the checkpoint, and publish it whole or not at all.
 
@@ -215,6 +221,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             restart: begin anew where an earlier run of the same merge was broken off; it is continued otherwise.
             finish: publish what :meth:`save_share` made, and refuse if any file is missing.
             progress: somebody who watches.
+            into: where it goes in place of ``out``; see :func:`surgery.execute.publish`.
 
         Returns:
             The record that was written as ``surgery.json``, or into the single file's metadata.
@@ -237,7 +244,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             overwrite=overwrite,
             sources=self.stored,
             files={} if single else origin.files,
-            copies={} if single else self._copies(origin),
+            copies={} if single else {name: folders.here(path) for name, path in self._copies(origin).items()},
             kept={} if single else origin.kept,
             carried=origin.carried,
             companion=companion,
@@ -245,6 +252,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             restart=restart,
             finish=finish,
             progress=progress,
+            into=into,
         )
 
     def save_share(
@@ -301,7 +309,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return provenance.record(
             "save",
             parameters={},
-            inputs=[{"role": "source", "name": self.label}],
+            inputs=[{"role": "source", "name": self.label, **self.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )
 
@@ -350,12 +358,14 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     """Open a checkpoint: headers are read and checked, data is not.
 
     Args:
-        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a state dict, or a :class:`Checkpoint`.
+        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, ``hf://org/name@revision``, a state dict, or a
+            :class:`Checkpoint`.
         follow_links: accept links that lead out of a folder.
 
     Raises:
         UsageError: neither a path nor a state dict.
         FormatError: malformed, incomplete, or nothing there.
+        HubError: the Hub refuses, or does not answer.
         MismatchError: two weight sets in one folder.
         UnsafeError: a pickle that would run code, or a path that leads outside.
 
@@ -373,7 +383,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if MANIFEST in stored.tensors:
         mend = "surgery merge BASE DELTA restores the fine-tune that it was made from"
         raise UsageError("is an exact delta, not a checkpoint", file=stored.path, mend=mend)
-    whole = stored.path.is_dir()
+    whole = folders.is_folder(stored.path)
     return Checkpoint(
         stored.tensors,
         label=stored.label,

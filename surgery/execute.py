@@ -21,6 +21,7 @@ from surgery.formats.safetensors import build_header, build_index
 from surgery.kept import UNDO_FILE, Companion, check_carried, digests_beside, tensors_last
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, encode, sealed
+from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
 
@@ -105,6 +106,7 @@ def run(
                     name, layout, output, {each: BlockDigests(plan.specs[each]) for each in layout.offsets}
                 )
         jobs = [job for job in plan.jobs if job.file in files]
+        expect(tensors[name] for file in files.values() for name in file.layout.offsets)
         watcher.start(sum(job.nbytes for job in jobs))
         shards = _Shards(jobs, files, publication, watcher, companion, enter=not names)
         try:
@@ -271,6 +273,7 @@ def publish(
     restart: bool = False,
     finish: bool = False,
     progress: Progress | None = None,
+    into: Publication | None = None,
 ) -> dict[str, Any]:
     """Plan, write and publish an output: weights, side files, then index and record last, then one rename.
 
@@ -296,6 +299,7 @@ def publish(
         restart: begin anew in any case.
         finish: refuse unless all files are finished already.
         progress: somebody who watches.
+        into: where it goes instead of being renamed to ``out``: a publication that does not stay on this disk.
 
     Returns:
         The record.
@@ -313,9 +317,8 @@ def publish(
     )  # fmt: skip
     extra = sum(lay_out(each).bytes_written for each in (kept or {}).values() if each)
     digest = None if work is None else plan.digest(work)
-    with Publication(
-        out, overwrite=overwrite, inputs=[source.path for source in sources], digest=digest, restart=restart
-    ) as publication:
+    inputs = [source.path for source in sources]
+    with into or Publication(out, overwrite=overwrite, inputs=inputs, digest=digest, restart=restart) as publication:
         if finish:
             _refuse_unfinished(plan, publication)
         sizes = sum(len(data) for data in (files or {}).values()) + extra
@@ -323,7 +326,10 @@ def publish(
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )
-        fingerprints = run(plan, tensors, publication, progress, companion=companion)
+        turns = [[number] for number in range(len(plan.files))] if publication.one_at_a_time else [None]
+        fingerprints: dict[str, str] = {}
+        for only in turns:
+            fingerprints |= run(plan, tensors, publication, progress, only=only, companion=companion)
         containers = {name: dict(content) for name, content in (kept or {}).items()}
         if companion is not None and not single:
             containers.setdefault(UNDO_FILE, {}).update(companion.records(fingerprints))

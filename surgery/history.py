@@ -21,7 +21,8 @@ from surgery.formats import safetensors, undo_record
 from surgery.formats.undo_record import Undo
 from surgery.kept import KEPT_FILE, UNDO_FILE
 from surgery.plan import container_prefix
-from surgery.sources import local
+from surgery.sources import folders, local
+from surgery.sources.files import OpenFile
 from surgery.sources.local import StoredWeights
 from surgery.tensor import LazyTensor, read_bytes, renamed
 
@@ -137,7 +138,7 @@ def history_of(checkpoint: Checkpoint) -> History:
         if "base" in entry:
             history.base_prints[name] = entry["base"]
     history.kept_prints = dict(document.get("kept", {}))
-    if path.is_dir():
+    if folders.is_folder(path):
         open_kept(history, path)
         history.notes = _check_files(checkpoint.stored[0], document.get("files", {}))
     return history
@@ -147,6 +148,8 @@ def weight_headers(stored: StoredWeights) -> dict[str, tuple[int, str]]:
     """Map weight files to their sizes and the digests of their headers."""
     found = {}
     for name, file in zip(dict.fromkeys(stored.shards.values()), stored.files, strict=False):
+        if not isinstance(file, OpenFile):
+            continue  # elsewhere: its header came over a connection that has checks of its own
         length = 8 + int.from_bytes(file.read(0, min(8, file.size)), "little")
         found[name] = file.size, provenance.digest_of(file.read(0, min(length, file.size)))
     return found
@@ -189,12 +192,8 @@ def _open_container(history: History, folder: Path, name: str) -> dict[str, Lazy
     """Open what a merge kept, and hold its header against how it is written and what the record lists."""
     recorded = history.kept_prints.get(name)
     path = folder / name
-    if not path.exists():
-        if recorded:
-            raise VerificationError(
-                "is not there, and the record lists what is in it", file=path, mend="fetch it again"
-            )
-        return {}
+    if not folders.exists(path):
+        return {}  # a copy without it, as it is pushed
     stored = StoredWeights(path, path.name, {}, {}, [])
     local.add_file(stored, path, path.name)
     history.stored = [*history.stored, stored]
@@ -214,7 +213,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         VerificationError: it was changed.
     """
     try:
-        if path.is_dir():
+        if folders.is_folder(path):
             data = local.read_config_bytes(path, provenance.RECORD)
         else:
             text = local.open_weights(path).metadata.get(provenance.METADATA_KEY)
@@ -225,5 +224,5 @@ def read_record(path: Path) -> dict[str, Any] | None:
         provenance.check_schema(document)
         provenance.check_seal(document, data)
     except SurgeryError as error:
-        raise error.at(file=path / provenance.RECORD if path.is_dir() else path) from None
+        raise error.at(file=path / provenance.RECORD if folders.is_folder(path) else path) from None
     return document

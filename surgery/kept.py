@@ -59,12 +59,11 @@ def digests_beside(plan: Plan, staging: Path) -> dict[str, dict[str, Any]]:
         plan: of the weight files.
         staging: the output's folder, all of it written but the record.
     """
-    found: dict[str, dict[str, Any]] = {}
-    weights = {file.name: file for file in plan.files}
-    for path in sorted(staging.rglob("*")):
+    found: dict[str, dict[str, Any]] = {
+        file.name: {"bytes": file.size, "header": digest_of(file.prefix)} for file in plan.files
+    }
+    for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
-        if name in weights:
-            found[name] = {"bytes": weights[name].size, "header": digest_of(weights[name].prefix)}
-        elif path.is_file() and not name.startswith("."):
+        if name not in found and path.is_file() and not name.startswith("."):
             found[name] = {"bytes": path.stat().st_size, "digest": digest_of(path.read_bytes())}
-    return found
+    return dict(sorted(found.items()))

@@ -29,6 +29,7 @@ from surgery.tensor import human_bytes
 @options.jobs
 @options.overwrite
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, reversible: bool, rename: tuple[str, ...], jobs: int | None,

@@ -25,11 +25,13 @@ COMMANDS = {
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
     "add": "Give a model the new parameters of a PEFT method.",
+    "remove": "Take a PEFT method's parameters out of a checkpoint.",
     "methods": "Show what each PEFT method would cost on a model.",
     "plan": "Show what a recipe would do.",
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
+    "push": "Put a model, adapter or delta on the Hugging Face Hub.",
     "verify": "Check a checkpoint, adapter or delta against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
@@ -89,11 +91,12 @@ def surgery() -> None:
       surgery merge base ft-lora-r8 -o merged   the adapter in the weights
       surgery unmerge merged ft-lora-r8 -o base2
 
-    A checkpoint is a folder, a .safetensors, .bin or .pt file. Results go to stdout, talk to stderr.
+    A checkpoint is a folder, a .safetensors, .bin or .pt file, or hf://org/name@revision on the Hub. Results go to stdout,
+    talk to stderr.
 
     Exit codes: 0 done, 1 differs (diff --exit-code), 2 usage, 3 malformed file, 4 inputs that do not belong together,
-    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 10 verification failed, 70 a bug,
-    130 interrupted.
+    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 9 the Hub refused or did not answer,
+    10 verification failed, 70 a bug, 130 interrupted.
     """
 
 

@@ -53,6 +53,7 @@ from surgery.errors import UsageError
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],

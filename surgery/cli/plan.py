@@ -26,6 +26,7 @@ RATE = 1e9
 @options.allow_nonfinite
 @options.sharding
 @options.resources
+@options.no_cache
 @options.common
 def command(
     recipe: str, out: str | None, plan_out: str | None, overwrite: bool, compat: str, seed: int, allow_nonfinite: bool,

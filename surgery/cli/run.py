@@ -35,6 +35,7 @@ class Share(click.ParamType[tuple[int, int]]):
 @click.option("--finish", is_flag=True, help="Publish, once all parts are made.")
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     plan: str, share: tuple[int, int] | None, finish: bool, jobs: int | None, max_memory: int | None, as_json: bool,

@@ -21,6 +21,7 @@ from surgery.cli.writing import write
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     merged: str, adapters: tuple[str, ...], base: str | None, coeff: float | None, approximate: bool, name_map: dict[str, str] | None, out: str, overwrite: bool, dry_run: bool,

@@ -229,6 +229,7 @@ class Layout:
             parameters=sorted(parameters),
             ranks=adapted | parameters,
             base_name=plan.base_name,
+            revision=plan.base.pinned.get("revision") if plan.base_name == plan.base.label else None,
             task=peft.task_type(plan.base.config),
             bias=self.kept.biases,
             modules_to_save=saved,

@@ -26,6 +26,7 @@ from surgery.operations.pairs import Pair
 from surgery.operations.rank_rule import RankRule
 from surgery.report import join_shown
 from surgery.roles import is_fused_experts, role_of, roles_of, transposed_weights
+from surgery.sources.remote import is_remote
 from surgery.sources.spool import MEMORY_LIMIT
 from surgery.tensor import LazyTensor, TensorSpec
 from surgery.writer import Publication
@@ -184,13 +185,34 @@ def decide(
         UnsupportedError: quantised weights, or integers where numbers are needed.
     """
     _refuse_codes(found, after, names, bool(target))
-    _settle_ties(found, after)
+    if not _is_far_and_unwanted(found, target):
+        _settle_ties(found, after)
     _note_unpaired(
         found, found.base.tensors.keys() - set(names.values()), set(names.values()) - found.base.tensors.keys()
     )
     _sort_tensors(found, target, exclude)
+    _leave_unfetched(found)
     _leave_out_unserved(found)
     _refuse_nothing(found, bool(target))
+
+
+def _is_far_and_unwanted(found: Extraction, target: Sequence[str]) -> bool:
+    """Say whether to find a tied head would mean to fetch it and the embedding, of which neither was asked for."""
+    specs = {name: found.base.tensors[name].spec for name in found.tuned}
+    heads = {name for name in specs if name.endswith(("lm_head.weight", "embed_out.weight"))}
+    far = any(is_remote(side[name]) for name in heads for side in (found.base.tensors, found.tuned))
+    return bool(target) and far and not heads & select(roles_of(specs), parse_patterns(target), "--target")
+
+
+def _leave_unfetched(found: Extraction) -> None:
+    """Forget what is not wanted and would have to be fetched from the Hub only to say how much of the change it holds."""
+    far = [name for name in found.unwanted if is_remote(found.base.tensors[name]) or is_remote(found.tuned[name])]
+    for name in far:
+        del found.tuned[name], found.left_out[name]
+    if far:
+        found.notes.append(
+            f"{len(far):,} tensors that are not wanted were left on the Hub: shares and errors are of the others"
+        )
 
 
 def _refuse_codes(found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool) -> None:
@@ -252,9 +274,9 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
             found.full.append(name)
         else:
             _sort_one(found, name, spec)
-    for name in [name for name, why in found.unwanted.items() if specs[name].shape != found.tuned[name].spec.shape]:
+    for name in [name for name in found.unwanted if specs[name].shape != found.tuned[name].spec.shape]:
         del found.tuned[name], found.left_out[name]  # not wanted, and nothing to compare
-        found.notes.append(f"{found.unwanted[name]}, and of another shape, so not compared: {name}")
+        found.notes.append(f"{found.unwanted.pop(name)}, and of another shape, so not compared: {name}")
 
 
 def _leave_out_unserved(found: Extraction) -> None:

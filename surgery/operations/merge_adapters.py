@@ -155,9 +155,9 @@ class Work:
             "merge",
             parameters={"coeff": list(self.coeffs)},
             inputs=[
-                {"role": "base", "name": self.base.label, "fingerprint": combined},
+                {"role": "base", "name": self.base.label, **self.base.pinned, "fingerprint": combined},
                 *(
-                    {"role": "adapter", "name": adapter.label, "fingerprint": value}
+                    {"role": "adapter", "name": adapter.label, **adapter.pinned, "fingerprint": value}
                     for adapter, value in zip(self.adapters, self.prints, strict=True)
                 ),
             ],

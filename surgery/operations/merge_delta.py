@@ -14,6 +14,7 @@ from surgery.exact import Delta, open_delta, restored, wrong_twin
 from surgery.formats.delta_manifest import Known
 from surgery.formats.safetensors import strict_object
 from surgery.report import join_shown
+from surgery.sources.local import pinned
 from surgery.tensor import LazyTensor, any_range
 
 
@@ -120,9 +121,9 @@ class _Restoration:
             "merge",
             parameters={"reverse": self.reverse},
             inputs=[
-                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label,
+                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label, **self.checkpoint.pinned,
                  "fingerprint": provenance.combine(prints)},
-                {"role": "delta", "name": self.delta.label, "fingerprint": self.delta.digest},
+                {"role": "delta", "name": self.delta.label, **pinned(self.delta.stored), "fingerprint": self.delta.digest},
             ],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )  # fmt: skip

@@ -256,7 +256,7 @@ class _Work:
                     whole = adapters.get(number, provenance.PLACEHOLDER)
                 else:
                     whole = provenance.combine({name: tensor.fingerprint() for name, tensor in own.items()})
-                inputs.append({"role": role, "name": member.label, "fingerprint": whole})
+                inputs.append({"role": role, "name": member.label, **member.pinned, "fingerprint": whole})
             tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
             return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
 

@@ -349,7 +349,7 @@ class _Merge:
         for number, member in enumerate(self.members):
             prints = {} if draft else {name: tensor.fingerprint() for name, tensor in self.traced[number].items()}
             whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
-            entry = {"role": "model", "name": member.model.label, "fingerprint": whole}
+            entry = {"role": "model", "name": member.model.label, **member.model.pinned, "fingerprint": whole}
             made = member.model.origin  # a stage, or a model with an adapter: its own inputs are the leaves
             leaves = made.record(prints or dict.fromkeys(member.model.tensors, whole)).get("inputs") if made else None
             inputs.append(entry | ({"inputs": leaves} if leaves else {}))

@@ -1,4 +1,4 @@
-"""What a recipe's references stand for: other stages, folders, files, or models in the Hugging Face cache."""
+"""What a recipe's references stand for: other stages, folders, files, or models on the Hub, cached or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from surgery.adapter import is_adapter, open_adapter
 from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.errors import FormatError, HubError, UnsupportedError
 from surgery.formats.recipe import Recipe, Reference
-from surgery.sources import hub_cache
+from surgery.sources import hub_cache, local
+from surgery.sources.references import SCHEME, is_hub_reference, is_repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Inputs:
 
         Raises:
             FormatError: stages that need each other, or a malformed checkpoint.
-            HubError: a model that is neither a folder nor in the cache.
+            HubError: a model that is neither a folder, nor in the cache, nor on the Hub.
         """
         if reference not in self._opened:
             self._opened[reference] = self._open(reference)
@@ -84,21 +85,30 @@ class Inputs:
 
     @staticmethod
     def _locate(reference: Reference) -> str:
-        """Find the folder or file: under the working directory, else in the Hugging Face cache.
+        """Find the folder or file: under the working directory, else in the Hugging Face cache, else on the Hub.
 
         Raises:
-            HubError: neither.
+            FormatError: neither a file nor the name of a repository.
+            HubError: nowhere.
         """
+        revision = "" if reference.revision is None else f"@{reference.revision}"
+        if is_hub_reference(reference.path):
+            return reference.path + revision
         path = os.path.expanduser(reference.path)
         if reference.revision is None and os.path.lexists(path):
             return path
         snapshot = hub_cache.find_snapshot(reference.path, reference.revision)
-        if snapshot is not None:
+        if snapshot is not None and hub_cache.is_whole(snapshot):
             return os.fspath(snapshot)
         where = f"line {reference.line}: {reference} is no folder here"
-        if not hub_cache.is_hub_name(reference.path):
+        if not is_repository(reference.path):
             raise FormatError(where)
-        raise HubError(f"{where}, and not in the Hugging Face cache", mend="download it first: the Hub is not read yet")
+        named = f"{SCHEME}{reference.path}{revision}"
+        try:
+            local.resolve(named)
+        except HubError as error:
+            raise HubError(f"{where}; {error.what}", mend=error.mend) from None
+        return named
 
 
 def last_stage(recipes: tuple[Recipe, ...]) -> Recipe:

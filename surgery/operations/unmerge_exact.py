@@ -140,9 +140,9 @@ class ExactWork:
             "unmerge",
             parameters={"coeff": [entry["coeff"] for entry in self.entries]},
             inputs=[
-                {"role": "merged", "name": self.merged.label},
+                {"role": "merged", "name": self.merged.label, **self.merged.pinned},
                 *(
-                    {"role": "adapter", "name": adapter.label, "fingerprint": adapter.fingerprint()}
+                    {"role": "adapter", "name": adapter.label, **adapter.pinned, "fingerprint": adapter.fingerprint()}
                     for adapter in self.adapters
                 ),
             ],

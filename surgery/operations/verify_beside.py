@@ -12,6 +12,8 @@ from surgery.formats.safetensors import build_header
 from surgery.formats.undo_record import check_part
 from surgery.history import History, open_kept, read_undo, weight_headers
 from surgery.kept import KEPT_FILE, UNDO_FILE
+from surgery.report import join_shown
+from surgery.sources import folders
 from surgery.sources.local import StoredWeights
 from surgery.tensor import LazyTensor, human_bytes, read_bytes
 
@@ -26,7 +28,7 @@ def verify_beside(path: Path, stored: StoredWeights, record: Mapping[str, Any]) 
         VerificationError: a byte of it is not what was recorded; file and tensor are named.
         FormatError: something that merges kept is malformed.
     """
-    if not path.is_dir():
+    if not folders.is_folder(path):
         _check_own_header(path, stored, record)
         return []
     checks = []
@@ -64,24 +66,23 @@ def _check_files(folder: Path, stored: StoredWeights, recorded: Mapping[str, Any
     weights = {name for name, entry in recorded.items() if "header" in entry}
     own = weights == set(stored.shards.values())
     headers = weight_headers(stored)
-    checked = 0
+    absent, checked = [], 0
     for name, entry in recorded.items():
         if not own and (name in weights or name.endswith(".index.json")):
             continue  # the same tensors in other files: their fingerprints are all that must agree
         path = folder / name
-        if not own and not path.exists():
-            continue
-        if not path.is_file():
-            raise VerificationError("is in the record but not there", file=path, mend="fetch it again")
-        if name in weights:
+        if name in headers:
             size, found = headers[name]
-        else:
+        elif path.is_file():
             size, found = path.stat().st_size, provenance.digest_of(path.read_bytes())
+        else:
+            absent.append(name)
+            continue
         if (size, found) != (entry.get("bytes"), entry.get("header", entry.get("digest"))):
             part = "its header" if name in weights else "it"
             raise VerificationError(f"{part} was changed since it was written", file=path, mend="fetch it again")
         checked += 1
-    return f"{checked} as recorded"
+    return f"{checked} as recorded" + (f"; not here: {join_shown(absent)}" if absent else "")
 
 
 def _check_own_header(path: Path, stored: StoredWeights, record: Mapping[str, Any]) -> None:
