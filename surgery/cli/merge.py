@@ -39,6 +39,8 @@ def accept(function: F) -> F:
             options.allow_base_mismatch,
             click.option("--reverse", is_flag=True,
                          help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."),
+            click.option("--undo/--no-undo", default=True,
+                         help="Keep what unmerge needs to give the base back to the bit; kept by default."),
             click.option("--allow-incomplete", is_flag=True,
                          help="Merge an adapter that lacks modules its configuration names."),
             options.allow_nonfinite,
