@@ -156,12 +156,45 @@ def read_block(data: LazyTensor, offset: int, block: Coded) -> bytes:
     return coded
 
 
+class Refitted:
+    """A tensor with rows cut off, or with rows of zero bits added: what a resized tensor is coded against.
+
+    Args:
+        source: the tensor, readable at any element.
+        spec: what it is to be; of the same dtype.
+    """
+
+    unit = 1
+
+    def __init__(self, source: LazyTensor, spec: TensorSpec) -> None:
+        self.spec = spec
+        self._source = source
+
+    @property
+    def scratch(self) -> int:
+        """The source's scratch."""
+        return self._source.scratch
+
+    @property
+    def resident(self) -> int:
+        """The source's resident bytes."""
+        return self._source.resident
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read what there is of the range, and zeros after it."""
+        there = max(min(stop, self._source.spec.numel), start)
+        low, end = byte_range(self.spec, start, there)
+        if end > low:
+            self._source.read_into(start, there, out[: end - low])
+        out[end - low :] = bytes(len(out) - (end - low))
+
+
 class Restored:
     """A tensor of one side of a delta, made from its twin on the other and the coded blocks between them.
 
     Args:
         spec: of the tensor.
-        known: the twin; ``None`` where it is stored whole.
+        known: the twin, as many elements as the coded blocks have; ``None`` where it is stored whole.
         blocks: its coded blocks.
         data: the delta's bytes.
         offset: where in them the blocks begin.
@@ -205,7 +238,7 @@ class Restored:
             begin, end = (place - first for place in byte_range(self.spec, low, high))
             out[begin:end] = self._decode(low, high)
 
-    def _decode(self, low: int, high: int) -> bytes:
+    def _decode(self, low: int, high: int) -> memoryview:
         number = low // self.unit
         block = self._blocks[number]
         coded = read_block(self._data, self._offsets[number], block)
@@ -213,8 +246,10 @@ class Restored:
             begin, end = byte_range(self.spec, low, high)
             return delta_codec.decode_raw(coded, self.spec.dtype, end - begin)
         assert self._known is not None  # the manifest was checked: only raw blocks do without
-        known = Block(self.spec.dtype, read_bytes(self._known, low, high))
-        return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)
+        end = min(low + self.unit, self._known.spec.numel)  # beyond ``high`` where rows were added on the way there
+        known = Block(self.spec.dtype, read_bytes(self._known, low, end))
+        first, last = byte_range(self.spec, low, high)
+        return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)[: last - first]
 
 
 class Proved:
@@ -292,6 +327,8 @@ def restored(
         if spec.numel and not blocks and twin is not None:
             source = twin
         elif spec.numel:
+            if twin is not None and not reverse and twin.spec.shape != spec.shape:
+                twin = Refitted(twin, spec)
             source = Restored(spec, twin, blocks, delta.data, offset, reverse=reverse)
         found[spec.name] = Proved(source, wanted, label, reverse=reverse)
 

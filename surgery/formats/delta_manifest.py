@@ -19,7 +19,7 @@ from surgery.formats.delta_codec import CODINGS, RAW, SAME, block_elements, comp
 from surgery.formats.safetensors import build_header, check_name, strict_object
 from surgery.tensor import BITS, TensorSpec
 
-FORMAT = "surgery-delta/1"
+FORMAT = "surgery-delta/2"
 MANIFEST, DATA = "surgery.delta.manifest", "surgery.delta.data"
 LIMIT = 400_000_000
 """Largest manifest in bytes, decompressed."""
@@ -54,7 +54,7 @@ class Change:
 
     tuned: Known
     base: str | None
-    """The base's tensor that it is coded against."""
+    """The base's tensor that it is coded against: of its dtype and shape, or with another number of rows."""
     blocks: tuple[Coded, ...]
     """None where it is the base's tensor, unchanged."""
 
@@ -78,7 +78,7 @@ class Manifest:
     """By the fine-tune's names."""
     reversible: bool = False
     back: dict[str, tuple[Coded, ...]] = field(default_factory=dict)
-    """The base's tensors that nothing of the fine-tune says anything about, whole; where ``reversible``."""
+    """The base's tensors that the fine-tune does not say all about, whole; where ``reversible``."""
 
     @property
     def data_bytes(self) -> int:
@@ -91,6 +91,22 @@ class Manifest:
             yield (name, False), self.changes[name].blocks
         for name in sorted(self.back):
             yield (name, True), self.back[name]
+
+
+def fits(base: TensorSpec, tuned: TensorSpec) -> bool:
+    """Say whether ``tuned`` can be coded against ``base``: they are alike, or differ in their number of rows.
+
+    >>> fits(TensorSpec("w", "F16", (8, 4)), TensorSpec("w", "F16", (10, 4)))
+    True
+    """
+    if base.dtype != tuned.dtype or len(base.shape) != len(tuned.shape):
+        return False
+    return base.shape == tuned.shape or (base.shape[1:] == tuned.shape[1:] and min(base.numel, tuned.numel) > 0)
+
+
+def covers(base: TensorSpec, tuned: TensorSpec) -> bool:
+    """Say whether a tensor that is coded against ``base`` says all about it: it lost no rows."""
+    return tuned.numel >= base.numel
 
 
 def block_count(spec: TensorSpec) -> int:
@@ -172,7 +188,10 @@ def parse(packed: bytes) -> Manifest:
 
 
 def _check_way_back(base: Mapping[str, Known], changes: Mapping[str, Change], back: Mapping[str, Any]) -> None:
-    coded = {change.base for change in changes.values()}
+    coded = {
+        change.base for change in changes.values()
+        if change.base is not None and covers(base[change.base].spec, change.tuned.spec)
+    }  # fmt: skip
     for name in base:
         if name not in back and name not in coded:
             raise FormatError("is the base's, and the delta that is to be reversible says nothing of it", tensor=name)
@@ -227,10 +246,7 @@ def _change(name: str, value: Any, base: Mapping[str, Known]) -> Change:
         return Change(Known(TensorSpec(name, was.spec.dtype, was.spec.shape), was.fingerprint), source, ())
     tuned = _parse_known(name, value["is"])
     blocks = _parse_blocks(name, value.get("blocks"), tuned.spec, raw=source is None)
-    if source is not None and (base[source].spec.dtype, base[source].spec.shape) != (
-        tuned.spec.dtype,
-        tuned.spec.shape,
-    ):
+    if source is not None and not fits(base[source].spec, tuned.spec):
         raise FormatError("is coded against a tensor of another dtype or shape", tensor=name)
     return Change(tuned, source, blocks)
 

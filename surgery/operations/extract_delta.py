@@ -125,6 +125,8 @@ class _Task:
     """The fine-tune's names → the base's, where it has them."""
     twins: dict[str, str]
     """The base's names → the fine-tune's, where dtype and shape are the same too."""
+    resized: dict[str, str]
+    """The fine-tune's names → the base's, where the number of rows is another."""
     digests: dict[str, BlockDigests]
     coded: dict[tuple[str, bool], dict[int, tuple[Coded, SpooledTensor | None]]] = field(default_factory=dict)
     """By (name, whether it is the base's) and number of the block."""
@@ -159,7 +161,11 @@ class _Extraction:
         task, name, number = item
         if task is not None:
             tuned = _read(task.checkpoint, name, number, task.digests[name])
-            self._keep(task, (name, False), number, delta_codec.encode(tuned, None))
+            known, reversible = None, False
+            if name in task.resized:
+                source = Refitted(any_range(self.base.tensors[task.resized[name]]), task.checkpoint.tensors[name].spec)
+                known, reversible = _block(source, number, self.base.label), self.reversible
+            self._keep(task, (name, False), number, delta_codec.encode(tuned, known, reversible=reversible))
             return tuned.bits.nbytes
         known = _read(self.base, name, number, self.digests[name])
         done = known.bits.nbytes
@@ -170,7 +176,7 @@ class _Extraction:
                 done += tuned.bits.nbytes
                 coded = delta_codec.encode(tuned, known, reversible=self.reversible)
                 self._keep(each, (twin, False), number, coded)
-            elif self.reversible:
+            elif self.reversible and name not in each.covered(self.base):
                 self._keep(each, (name, True), number, delta_codec.encode(known, None))
         return done
 

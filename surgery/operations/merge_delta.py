@@ -63,7 +63,11 @@ class _Restoration:
         manifest = delta.manifest
         self.source, self.target = (manifest.task, manifest.base) if reverse else (manifest.base, manifest.task)
         pairs = [(change.base, name) for name, change in manifest.changes.items() if change.base is not None]
-        self.twins = dict(pairs if reverse else [(name, base) for base, name in pairs])
+        self.twins = (
+            {base: name for base, name in pairs if base not in manifest.back}
+            if reverse
+            else {name: base for base, name in pairs}
+        )
         """The names of restored tensors → of those they are restored from."""
         self.traced: dict[str, provenance.Traced] = {}
         for name in self.twins.values():
