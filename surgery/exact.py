@@ -21,7 +21,7 @@ from surgery.formats.delta_codec import Block
 from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest
 from surgery.provenance import BlockDigests
 from surgery.sources import local
-from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, byte_range, read_bytes
+from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
 from surgery.writer import Publication
 
 SUFFIX = ".delta"
@@ -252,7 +252,7 @@ class Restored:
         return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)[: last - first]
 
 
-class Proved:
+class Proved(Wrapper):
     """A tensor that is held against its recorded fingerprint whenever all of it is read at once.
 
     Args:
@@ -264,30 +264,15 @@ class Proved:
 
     def __init__(self, source: LazyTensor, known: Known, label: str, *, reverse: bool) -> None:
         self.spec = known.spec
-        self._source = source
+        self.source = source
         self._fingerprint = known.fingerprint
         self._label = label
         self._reverse = reverse
 
-    @property
-    def unit(self) -> int:
-        """The source's unit."""
-        return self._source.unit
-
-    @property
-    def scratch(self) -> int:
-        """The source's scratch."""
-        return self._source.scratch
-
-    @property
-    def resident(self) -> int:
-        """The source's resident bytes."""
-        return self._source.resident
-
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the range, and prove it if it is all there is."""
         try:
-            self._source.read_into(start, stop, out)
+            self.source.read_into(start, stop, out)
         except SurgeryError as error:
             raise error.at(tensor=self.spec.name) from None
         if (start, stop) == (0, self.spec.numel):

@@ -18,7 +18,7 @@ import xxhash
 
 from surgery import __version__
 from surgery.errors import FormatError
-from surgery.tensor import BITS, LazyTensor, TensorSpec, byte_range, read_bytes
+from surgery.tensor import BITS, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
 
 BLOCK_BYTES = 1 << 20
 SCHEMA = "surgery.provenance/1"
@@ -117,7 +117,7 @@ def fingerprint(tensor: LazyTensor) -> str:
     return found
 
 
-class Traced:
+class Traced(Wrapper):
     """A tensor that is fingerprinted as it is read, if it is read once, in order, in runs that start at a block."""
 
     def __init__(self, source: LazyTensor) -> None:
@@ -125,21 +125,6 @@ class Traced:
         self.spec = source.spec
         self.digests = BlockDigests(source.spec)
         self._runs = threading.local()
-
-    @property
-    def unit(self) -> int:
-        """The source's unit."""
-        return self.source.unit
-
-    @property
-    def scratch(self) -> int:
-        """The source's scratch."""
-        return self.source.scratch
-
-    @property
-    def resident(self) -> int:
-        """The source's resident bytes."""
-        return self.source.resident
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the range and feed its digest."""

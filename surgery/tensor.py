@@ -130,12 +130,11 @@ class BytesTensor:
         out[:] = memoryview(self.data)[low:high]
 
 
-@dataclass(frozen=True, slots=True)
-class Renamed:
-    """Another tensor's values under a different name or a different view of its shape."""
+class Wrapper:
+    """A tensor made from one other, range by range: what a range costs is what it costs there."""
 
+    __slots__ = ()
     source: LazyTensor
-    spec: TensorSpec
 
     @property
     def unit(self) -> int:
@@ -152,13 +151,21 @@ class Renamed:
         """The source's resident bytes."""
         return self.source.resident
 
+
+@dataclass(frozen=True, slots=True)
+class Renamed(Wrapper):
+    """Another tensor's values under a different name or a different view of its shape."""
+
+    source: LazyTensor
+    spec: TensorSpec
+
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read the same range of the source."""
         self.source.read_into(start, stop, out)
 
 
 @dataclass(frozen=True, slots=True)
-class AnyRange:
+class AnyRange(Wrapper):
     """Another tensor, readable at any element: what was not asked for of a unit is made and thrown away."""
 
     source: LazyTensor
