@@ -156,7 +156,7 @@ def read_block(data: LazyTensor, offset: int, block: Coded) -> bytes:
     return coded
 
 
-class Refitted:
+class Refitted(Wrapper):
     """A tensor with rows cut off, or with rows of zero bits added: what a resized tensor is coded against.
 
     Args:
@@ -164,29 +164,17 @@ class Refitted:
         spec: what it is to be; of the same dtype.
     """
 
-    unit = 1
-
     def __init__(self, source: LazyTensor, spec: TensorSpec) -> None:
         self.spec = spec
-        self._source = source
-
-    @property
-    def scratch(self) -> int:
-        """The source's scratch."""
-        return self._source.scratch
-
-    @property
-    def resident(self) -> int:
-        """The source's resident bytes."""
-        return self._source.resident
+        self.source = source
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Read what there is of the range, and zeros after it."""
-        there = max(min(stop, self._source.spec.numel), start)
-        low, end = byte_range(self.spec, start, there)
-        if end > low:
-            self._source.read_into(start, there, out[: end - low])
-        out[end - low :] = bytes(len(out) - (end - low))
+        there = max(min(stop, self.source.spec.numel), start)
+        low, high = byte_range(self.spec, start, there)
+        if high > low:
+            self.source.read_into(start, there, out[: high - low])
+        out[high - low :] = bytes(len(out) - (high - low))
 
 
 class Restored:
@@ -200,8 +188,6 @@ class Restored:
         offset: where in them the blocks begin.
         reverse: whether the base is restored from the fine-tune.
     """
-
-    resident = 0
 
     def __init__(
         self,
@@ -228,7 +214,12 @@ class Restored:
     @property
     def scratch(self) -> int:
         """The twin's block, coded and decoded bytes, numbers in two orders, and eight bytes an element for the order."""
-        return 8 + 16 * 8 // BITS[self.spec.dtype]
+        return 8 + 16 * 8 // BITS[self.spec.dtype] + (0 if self._known is None else self._known.scratch)
+
+    @property
+    def resident(self) -> int:
+        """The twin's resident bytes."""
+        return 0 if self._known is None else self._known.resident
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Decode the range's blocks."""
