@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -30,7 +30,7 @@ COPY_BYTES = 1 << 20
 """Coded bytes that are copied at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """An exact delta, in a file or just made: its manifest, and the bytes of its coded blocks."""
 
@@ -283,15 +283,16 @@ def wrong_twin(name: str, label: str, *, reverse: bool) -> MismatchError:
 
 
 def restored(
-    delta: Delta, known: Mapping[str, LazyTensor], label: str, *, reverse: bool = False
+    delta: Delta, known: Mapping[str, LazyTensor], label: str, *, reverse: bool = False, leave: Container[str] = ()
 ) -> dict[str, LazyTensor]:
     """Make all tensors of one side from those of the other.
 
     Args:
         delta: the delta.
-        known: the base's tensors, by name; with ``reverse`` the fine-tune's.
+        known: the base's tensors, by name; with ``reverse`` the fine-tune's. Those that nothing is made from may lack.
         label: what they are called together, for messages.
         reverse: restore the base.
+        leave: the names of tensors that are not wanted.
     """
     manifest = delta.manifest
     found: dict[str, LazyTensor] = {}
@@ -308,12 +309,13 @@ def restored(
             source = Restored(spec, twin, blocks, delta.data, offset, reverse=reverse)
         found[spec.name] = Proved(source, wanted, label, reverse=reverse)
 
-    if not reverse:
-        for name, change in manifest.changes.items():
-            add(change.tuned, None if change.base is None else known[change.base], change.blocks, places[name])
-        return found
     twins = {change.base: name for name, change in manifest.changes.items() if change.base is not None}
-    for name, was in manifest.base.tensors.items():
+    for name, change in () if reverse else manifest.changes.items():
+        if name not in leave:
+            add(change.tuned, None if change.base is None else known[change.base], change.blocks, places[name])
+    for name, was in manifest.base.tensors.items() if reverse else ():
+        if name in leave:
+            continue
         if name in manifest.back:
             add(was, None, manifest.back[name], back[name])
         else:

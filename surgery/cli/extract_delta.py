@@ -102,7 +102,9 @@ def _extract_many(
     failed = [(outcome, outcome.error) for outcome in outcomes if outcome.error]
     if as_json:
         found = [{"out": each.out, **describe(each.delta).document()} for each in outcomes if each.delta]
-        errors = [{"fine-tune": each.tuned, "error": str(error), "exit_code": error.exit_code} for each, error in failed]
+        errors = [
+            {"fine-tune": each.tuned, "error": str(error), "exit_code": error.exit_code} for each, error in failed
+        ]
         terminal.document({"schema": "surgery.extract-delta-many/1", "deltas": found, "failed": errors})
     elif not quiet:
         click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} deltas written")

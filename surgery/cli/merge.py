@@ -43,6 +43,8 @@ from surgery.errors import UsageError
 @click.option(
     "--reverse", is_flag=True, help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."
 )
+@click.option("--delta-base", type=click.Path(), metavar="BASE",
+              help="With exact deltas made with this: add them as numbers, at any --coeff and to any model.")  # fmt: skip
 @click.option("--allow-incomplete", is_flag=True, help="Merge an adapter that lacks modules its configuration names.")
 @options.allow_nonfinite
 @options.writing
@@ -54,7 +56,8 @@ from surgery.errors import UsageError
 def command(
     base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
     compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: dict[str, str] | None,
-    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
+    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool,
+    delta_base: str | None, out: str, overwrite: bool, dry_run: bool, restart: bool,
     max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Merge OTHERS into BASE: adapters, or with --algorithm models.
@@ -63,7 +66,8 @@ def command(
     bytes. PEFT LoRA adapters are understood with rank and alpha patterns, rsLoRA, DoRA, biases, saved modules and token
     rows.
 
-    An exact delta (surgery extract-delta): the fine-tune is restored bit for bit; any other base is refused.
+    An exact delta (surgery extract-delta): the fine-tune is restored bit for bit; any other base is refused. Several are
+    a chain: each was made with what the one before restores.
 
     Models: every tensor is merged by the algorithm, rounded once. Algorithms that need no base take BASE as their first
     model.
@@ -73,6 +77,8 @@ def command(
       surgery merge base math code --coeff 0.6 --coeff 0.4 -o both
       surgery merge base style --coeff -1 -o negated
       surgery merge base task.delta -o ft
+      surgery merge base step1.delta step2.delta -o ft
+      surgery merge other task.delta --delta-base base --coeff 0.5 -o merged
       surgery merge base ft1 ft2 --algorithm ties -p density=0.5 -o merged
       surgery merge ft1 ft2 --algorithm linear -o average
       surgery merge recipe.yml -o merged             see surgery merge recipe.yml --help
@@ -87,7 +93,8 @@ def command(
     merged = merge(
         base, *others, algorithm=algorithm, name_map=name_map,
         allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,
-        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse, **parameters,
+        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse,
+        delta_base=delta_base, **parameters,
     )  # fmt: skip
     write(merged, out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip

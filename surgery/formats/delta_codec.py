@@ -77,8 +77,10 @@ class Block:
     def keys(self) -> _Bits:
         """Return the exponents."""
         shift, mask = _EXPONENT[self.dtype]
-        keys = (self.bits >> shift).astype(np.uint8 if mask <= 0xFF else np.uint16)
-        return keys if mask == 0xFF else keys & mask
+        keys: _Bits = (self.bits >> shift).astype(np.uint8 if mask <= 0xFF else np.uint16)
+        if mask != 0xFF:
+            keys &= keys.dtype.type(mask)
+        return keys
 
     def order(self) -> list[NDArray[np.intp]]:
         """Return the stable order by exponent, run by run."""
@@ -136,10 +138,10 @@ def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> 
     """
     if coding == SAME:
         return _bytes(known.bits)
-    reader = _Reader(data)
-    if coding == SPARSE:
-        codes = reader.sparse(known.bits)
-    elif coding == SORTED:
+    if coding != SORTED:
+        codes = _unsorted(coding, data, known.bits)
+    else:
+        reader = _Reader(data)
         steps_of_keys = _Reader(reader.section())
         if reverse:
             keys = known.keys()
@@ -147,9 +149,7 @@ def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> 
         else:
             order = known.order()
         codes = _scatter(reader.planes(known.bits.dtype, known.bits.size), order)
-    else:
-        codes = reader.planes(known.bits.dtype, known.bits.size)
-    reader.end()
+        reader.end()
     steps = _unzigzag(codes)
     return _bytes(_ordered(known.values - steps if reverse else known.values + steps, known.dtype))
 
@@ -160,6 +160,41 @@ def decode_raw(data: bytes, dtype: str, nbytes: int) -> memoryview:
     bits = reader.planes(np.dtype(f"<u{size}"), nbytes // size)
     reader.end()
     return _bytes(bits)
+
+
+def combine(first: tuple[str, bytes], second: tuple[str, bytes], dtype: str, nbytes: int) -> tuple[str, bytes] | None:
+    """Make one coded block of two, of which the second goes on from what the first restores; the base is not known.
+
+    Args:
+        first: coding and bytes of the step from the base.
+        second: coding and bytes of the step after it.
+        dtype: of the tensor.
+        nbytes: bytes of the block, restored.
+
+    Returns:
+        Coding and bytes, or ``None`` where it takes the base's exponents.
+    """
+    if second[0] in (SAME, RAW) or first[0] == SAME:
+        return first if second[0] == SAME else second
+    size = width(dtype)
+    if first[0] == RAW:
+        known = Block(dtype, decode_raw(first[1], dtype, nbytes))
+        return RAW, _planes(Block(dtype, decode(*second, known)).bits, compress)
+    if SORTED in (first[0], second[0]):
+        return None
+    like = np.zeros(nbytes // size, f"<u{size}")
+    codes = _zigzag(_unzigzag(_unsorted(*first, like)) + _unzigzag(_unsorted(*second, like)))
+    if not codes.any():
+        return SAME, b""
+    return min((SPARSE, _sparse(codes)), (PLAIN, _planes(codes)), key=lambda found: len(found[1]))
+
+
+def _unsorted(coding: str, data: bytes, like: _Bits) -> _Bits:
+    """Take apart a block whose codes lie in the order of the elements."""
+    reader = _Reader(data)
+    codes = reader.sparse(like) if coding == SPARSE else reader.planes(like.dtype, like.size)
+    reader.end()
+    return codes
 
 
 def compress(data: bytes | memoryview) -> bytes:

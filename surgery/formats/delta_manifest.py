@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from surgery.errors import FormatError, UnsupportedError
-from surgery.formats.delta_codec import CODINGS, RAW, SAME, block_elements, compress, decompress
+from surgery.formats.delta_codec import CODINGS, RAW, SAME, SORTED, block_elements, compress, decompress
 from surgery.formats.safetensors import build_header, check_name, strict_object
 from surgery.tensor import BITS, TensorSpec
 
@@ -79,6 +79,20 @@ class Manifest:
     reversible: bool = False
     back: dict[str, tuple[Coded, ...]] = field(default_factory=dict)
     """The base's tensors that the fine-tune does not say all about, whole; where ``reversible``."""
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the base can be restored from the fine-tune: it was made so, or no coding takes the base to undo."""
+        if self.reversible:
+            return True
+        covered = set()
+        for change in self.changes.values():
+            if change.base is None or not covers(self.base.tensors[change.base].spec, change.tuned.spec):
+                continue
+            if any(block.coding in (SORTED, RAW) for block in change.blocks):
+                return False
+            covered.add(change.base)
+        return covered == self.base.tensors.keys()
 
     @property
     def data_bytes(self) -> int:

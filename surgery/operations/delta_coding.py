@@ -26,6 +26,9 @@ SPOOL_MEMORY = 64 << 20
 Key = tuple[str, bool]
 """A tensor's name, and whether it is the base's."""
 
+CodedBlocks = dict[Key, dict[int, tuple[Coded, SpooledTensor | None]]]
+"""By tensor and number of the block."""
+
 
 @dataclass
 class Task:
@@ -35,8 +38,7 @@ class Task:
     partners: Mapping[str, str]
     """The fine-tune's names → those of the base's tensors that they are coded against."""
     digests: dict[str, BlockDigests]
-    coded: dict[Key, dict[int, tuple[Coded, SpooledTensor | None]]] = field(default_factory=dict)
-    """By number of the block."""
+    coded: CodedBlocks = field(default_factory=dict)
     error: SurgeryError | None = None
     """Why nothing will come of it."""
 
@@ -102,7 +104,9 @@ class Coding:
                 watcher.finish()
 
     def _items(self) -> list[Item]:
-        items: list[Item] = [(None, name, number) for name, spec in self.base.specs.items() for number in _blocks_of(spec)]
+        items: list[Item] = [
+            (None, name, number) for name, spec in self.base.specs.items() for number in _blocks_of(spec)
+        ]
         for task in self.tasks:
             paired = set(task.twins.values())
             items += [
@@ -148,9 +152,7 @@ class Coding:
         return self._against(task, name, number, known)
 
     def _keep(self, task: Task, key: Key, number: int, coded: tuple[str, bytes]) -> None:
-        coding, data = coded
-        spooled = self._spool.add(TensorSpec(key[0], "U8", (len(data),)), data) if data else None
-        task.coded.setdefault(key, {})[number] = (Coded.of(coding, data), spooled)
+        keep(self._spool, task.coded, key, number, coded)
 
     def compose(self, task: Task) -> Delta:
         """Put one fine-tune's delta together."""
@@ -163,9 +165,16 @@ class Coding:
             changes, self.reversible, {name: _coded(task, (name, True), was[name].spec) for name in lost},
         )  # fmt: skip
         return Delta(
-            f"{task.checkpoint.label} − {self.base.label}", manifest, _Gathered(manifest, task),
+            f"{task.checkpoint.label} − {self.base.label}", manifest, Gathered(manifest, task.coded),
             delta_manifest.build(manifest), [*self.base.stored, *task.checkpoint.stored],
         )  # fmt: skip
+
+
+def keep(spool: Spool, blocks: CodedBlocks, key: Key, number: int, coded: tuple[str, bytes]) -> None:
+    """Put a coded block into the spool, and note where."""
+    coding, data = coded
+    spooled = spool.add(TensorSpec(key[0], "U8", (len(data),)), data) if data else None
+    blocks.setdefault(key, {})[number] = (Coded.of(coding, data), spooled)
 
 
 def _change(task: Task, name: str, tuned: Known, was: Mapping[str, Known]) -> Change:
@@ -225,23 +234,23 @@ def config_text(checkpoint: Checkpoint) -> str | None:
     return None if path is None else local.read_small(path).decode("utf-8", "replace")
 
 
-class _Gathered:
+class Gathered:
     """Coded blocks that lie anywhere in a spool, in the order of the file."""
 
     unit, scratch, resident = 1, 1, 0
 
-    def __init__(self, manifest: Manifest, task: Task) -> None:
+    def __init__(self, manifest: Manifest, coded: CodedBlocks) -> None:
         self.spec = TensorSpec(delta_manifest.DATA, "U8", (manifest.data_bytes,))
         self._starts: list[int] = []
         self._pieces: list[SpooledTensor] = []
         offset = 0
         for key, blocks in manifest.runs():
             for number in range(len(blocks)):
-                coded, spooled = task.coded[key][number]
+                block, spooled = coded[key][number]
                 if spooled is not None:
                     self._starts.append(offset)
                     self._pieces.append(spooled)
-                    offset += coded.size
+                    offset += block.size
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Put the range together."""

@@ -19,7 +19,7 @@ from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.exact import Delta, is_delta
 from surgery.history import History, history_of
-from surgery.operations.merge_delta import merge_delta
+from surgery.operations.merge_exact import merge_exact
 from surgery.operations.merge_models import Missing, Value, merge_models
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
@@ -41,6 +41,7 @@ def merge(
     seed: int = 0,
     missing: Missing = "refuse",
     reverse: bool = False,
+    delta_base: Source | None = None,
     **parameters: Value,
 ) -> Checkpoint:
     r"""Merge adapters into a base, or models by an algorithm.
@@ -53,12 +54,13 @@ def merge(
     untouched tensors, and full replacements with ``c = 1``, are copied as bytes.
 
     *With an exact delta* (:func:`surgery.extract_delta`) the fine-tune that it was made from is restored, bit for bit; a wrong
-    base is refused by tensor. With ``reverse`` the base is restored from the fine-tune.
+    base is refused by tensor. Several are a chain, each made with what the one before restores. With ``reverse`` the base
+    is restored from the fine-tune. With ``delta_base`` they are numbers, ``round(W + Σᵢ cᵢ · (FTᵢ − BASE))``, for any ``W``.
 
     Args:
         base: the checkpoint to merge into.
-        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or one
-            exact delta, a file or :func:`surgery.extract_delta`'s;
+        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or
+            exact deltas, files or :func:`surgery.extract_delta`'s;
             with an algorithm also models.
         algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
         coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
@@ -73,6 +75,7 @@ def merge(
         seed: with an algorithm: keys random draws.
         missing: with an algorithm: ``"refuse"`` a tensor that some input lacks, or ``"copy"`` it.
         reverse: with an exact delta: ``base`` is the fine-tune, and the base is restored.
+        delta_base: with exact deltas: the base that they were made with, for coefficients and for merging into another.
         **parameters: with an algorithm: its own (``density``, ``t`` …), given as ``coeff`` is.
 
     Returns:
@@ -92,13 +95,20 @@ def merge(
     >>> merge({"w": torch.zeros(2)}, {"w": torch.ones(2)}, algorithm="task_arithmetic", coeff=0.5)["w"].tolist()
     [0.5, 0.5]
     """
-    for source in others:
-        if is_delta(source):
-            _refuse_beside_delta(source, len(others), algorithm, coeff, parameters, allow_base_mismatch, name_map)
-            return merge_delta(base, source, reverse=reverse)
+    if any(map(is_delta, others)):
+        return merge_exact(
+            base, others, coeffs=None if coeff is None else spread(coeff, len(others)), delta_base=delta_base,
+            reverse=reverse, allow_nonfinite=allow_nonfinite,
+            unfit={
+                "it is merged by no algorithm": algorithm is not None or parameters,
+                "its codes mean nothing on another base, so --allow-base-mismatch does not apply": allow_base_mismatch,
+                "it knows its tensors' names, so a name map does not apply": name_map is not None,
+            },
+        )  # fmt: skip
     sources = [source for source in others if not isinstance(source, Delta)]
-    if reverse:
-        raise UsageError("the way back is one of an exact delta", mend="take adapters out with unmerge")
+    if reverse or delta_base is not None:
+        what = "the way back" if reverse else "--delta-base"
+        raise UsageError(f"{what} is one of exact deltas", mend="take adapters out with unmerge" if reverse else None)
     if algorithm is not None:
         row = find(algorithm) if isinstance(algorithm, str) else algorithm
         own = row.base == "required" if with_base is None else with_base
@@ -178,32 +188,6 @@ def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
         tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
         notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}, work=work_of([base]) if stored else None),
     )  # fmt: skip
-
-
-def _refuse_beside_delta(
-    delta: str | os.PathLike[str] | Delta, count: int, algorithm: object, coeff: Value | None,
-    parameters: Mapping[str, Value], allow_base_mismatch: bool, name_map: object,
-) -> None:  # fmt: skip
-    """Refuse what means nothing for an exact delta.
-
-    Raises:
-        UsageError: something was asked for that does.
-    """
-    what = None
-    if algorithm is not None or parameters:
-        what = "it is merged by no algorithm"
-    elif coeff is not None and coeff not in (1, [1]):
-        what = "its coefficient is 1: it holds bits, not numbers to scale"
-    elif allow_base_mismatch:
-        what = "its codes mean nothing on another base, so --allow-base-mismatch does not apply"
-    elif name_map is not None:
-        what = "it knows its tensors' names, so a name map does not apply"
-    elif count > 1:
-        what = "it is merged alone"
-    if what is not None:
-        name = delta.label if isinstance(delta, Delta) else os.fspath(delta)
-        mend = "restore the fine-tune first, and merge that" if count > 1 or algorithm else None
-        raise UsageError(f"is an exact delta: {what}", file=name, mend=mend)
 
 
 def spread(coeff: Value, count: int) -> list[float]:
