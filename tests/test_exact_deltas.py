@@ -269,7 +269,7 @@ def test_the_file_is_what_its_document_says(pair):
     tensors = load_file(pair / "task.delta")
     assert set(tensors) == {"surgery.delta.manifest", "surgery.delta.data"}
     manifest = json.loads(zstandard.decompress(tensors["surgery.delta.manifest"].numpy().tobytes()))
-    assert manifest["schema"] == "surgery-delta/1"
+    assert manifest["schema"] == "surgery-delta/2"
     sizes = [size for entry in manifest["task_tensors"].values() for _, size, _ in entry.get("blocks", [])]
     sizes += [size for blocks in manifest["back"].values() for _, size, _ in blocks]
     assert sum(sizes) == tensors["surgery.delta.data"].numel()

@@ -40,6 +40,8 @@ CODES = zstandard.ZstdCompressionParameters(
 """Of zstd, for codes: they have no repetitions but runs of zeros, and looking for others costs time and bytes."""
 SPARSE_SHARE = 1 / 8
 """Where more elements than this differ, positions are not tried."""
+POSITIONS_WORTH = 16
+"""Bytes a block that positions may cost more than what is sorted: without the base they are undone, and joined to others."""
 
 _Bits = NDArray[Any]
 
@@ -121,7 +123,7 @@ def encode(tuned: Block, known: Block | None, *, reversible: bool = False) -> tu
         tries.append((PLAIN, _planes(codes)))
     if not reversible and 2 * int(np.count_nonzero(codes >> 8 * (codes.itemsize - 1))) > codes.size:
         tries.append((RAW, _planes(tuned.bits, compress)))  # most differ by far: perhaps the base says nothing
-    return min(tries, key=lambda found: len(found[1]))
+    return min(tries, key=lambda found: len(found[1]) - POSITIONS_WORTH * (found[0] == SPARSE))
 
 
 def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> memoryview:
