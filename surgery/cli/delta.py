@@ -48,14 +48,14 @@ def squash_command(
       surgery delta squash step1.delta step2.delta --base base -o both.delta
     """
     from surgery.exact import delta_output, open_delta
-    from surgery.operations.delta_squash import squash
+    from surgery.operations.delta_squash import squash_deltas
 
     opened = [open_delta(path) for path in deltas]
     inputs = [stored.path for delta in opened for stored in delta.stored]
     delta_output(out, overwrite=overwrite, inputs=inputs)
     began = time.monotonic()
     watcher = terminal.watcher(progress, quiet=quiet, what="squash")
-    delta = squash(*opened, base=base, reversible=reversible or None, jobs=jobs, progress=watcher)
+    delta = squash_deltas(*opened, base=base, reversible=reversible or None, jobs=jobs, progress=watcher)
     delta.save(out, overwrite=overwrite)
     show(delta, out, time.monotonic() - began, "delta-squash", as_json=as_json, quiet=quiet)
 
@@ -84,8 +84,8 @@ def switch_command(
       surgery delta switch ft one.delta two.delta -o other-ft
       surgery delta switch ft one.delta two.delta --base base -o other-ft
     """
-    from surgery.operations.delta_switch import switch
+    from surgery.operations.delta_switch import switch_delta
 
-    outcome = switch(checkpoint, source, target, base=base)
+    outcome = switch_delta(checkpoint, source, target, base=base)
     write(outcome, out, "delta-switch", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
           max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip

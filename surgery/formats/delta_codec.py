@@ -13,6 +13,7 @@ one Huffman code for at most a window: what lies in it has much the same exponen
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def encode(tuned: Block, known: Block | None, *, reversible: bool = False) -> tu
     >>> np.frombuffer(decode(coding, data, base), np.float32).tolist()
     [1.0, 2.0, 3.0, 0.0]
     """
+    reuse_freed_memory()
     if known is None:
         return RAW, _planes(tuned.bits, compress)
     codes = _zigzag(tuned.values - known.values)
@@ -138,6 +140,7 @@ def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> 
     Raises:
         FormatError: the bytes are not such a coding.
     """
+    reuse_freed_memory()
     if coding == SAME:
         return _bytes(known.bits)
     if coding != SORTED:
@@ -197,6 +200,17 @@ def _unsorted(coding: str, data: bytes, like: _Bits) -> _Bits:
     codes = reader.sparse(like) if coding == SPARSE else reader.planes(like.dtype, like.size)
     reader.end()
     return codes
+
+
+@functools.cache
+def reuse_freed_memory() -> None:
+    """Have the C library keep what is freed for what is allocated next.
+
+    A block takes some twenty temporaries of a few megabytes. The GNU C library maps each anew, and touching its pages
+    costs as much as all the coding, until it has once seen a larger one freed: up to that size (32 MB at most) it then
+    takes memory from its heap, and gives none back before twice as much lies idle. This frees one, never touched.
+    """
+    bytearray(31 << 20)
 
 
 def compress(data: bytes | memoryview) -> bytes:

@@ -20,7 +20,7 @@ from surgery.sources.spool import Spool
 from surgery.tensor import TensorSpec, byte_range
 
 
-def squash(
+def squash_deltas(
     *sources: DeltaSource,
     base: Source | None = None,
     reversible: bool | None = None,
@@ -44,7 +44,7 @@ def squash(
     >>> import numpy, surgery
     >>> steps = [{"w": numpy.float32([1, 2, value])} for value in (3, 4, 5)]
     >>> one, two = (surgery.extract_delta(old, new) for old, new in zip(steps, steps[1:]))
-    >>> surgery.merge(steps[0], squash(one, two))["w"].tolist()
+    >>> surgery.merge(steps[0], squash_deltas(one, two))["w"].tolist()
     [1.0, 2.0, 5.0]
     """
     deltas = [open_delta(source) for source in sources]

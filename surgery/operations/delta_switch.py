@@ -9,7 +9,7 @@ from surgery.operations.merge_delta import DeltaSource, Restoration
 from surgery.tensor import LazyTensor
 
 
-def switch(known: Source, source: DeltaSource, target: DeltaSource, *, base: Source | None = None) -> Checkpoint:
+def switch_delta(known: Source, source: DeltaSource, target: DeltaSource, *, base: Source | None = None) -> Checkpoint:
     """Turn the fine-tune of one exact delta into that of another of the same base, bit for bit and lazily.
 
     Tensors that both fine-tunes have alike are copied. All others go back to the base's by the first delta, and on by the
@@ -28,7 +28,7 @@ def switch(known: Source, source: DeltaSource, target: DeltaSource, *, base: Sou
     >>> import numpy, surgery
     >>> base, one, two = ({"w": numpy.float32([1, 2, value])} for value in (3, 4, 5))
     >>> first, second = (surgery.extract_delta(base, tuned, reversible=True) for tuned in (one, two))
-    >>> switch(one, first, second)["w"].tolist()
+    >>> switch_delta(one, first, second)["w"].tolist()
     [1.0, 2.0, 5.0]
     """
     old, new = open_delta(source), open_delta(target)
