@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merged",),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
-    ("checkpoint", "history", "adapter", "exact"),
+    ("checkpoint", "history", "adapter", "lossy", "exact"),
     ("operations",),
     ("cli",),
 )

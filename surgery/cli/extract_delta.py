@@ -27,14 +27,20 @@ from surgery.tensor import human_bytes
     help="The delta's file, ./<ft>.delta by default; of several FT, the folder for theirs.",
 )
 @click.option("--reversible", is_flag=True, help="Store what restoring the base from the fine-tune needs, too.")
+@click.option(
+    "--lossy",
+    type=click.Choice(["int8", "int4"]),
+    help="Not exact: low-rank factors in integers, with their error, measured.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="With --lossy: components of each matrix; 64 by default.")
 @options.rename
 @options.jobs
 @options.overwrite
 @options.progress
 @options.common
 def command(
-    base: str, tuned: tuple[str, ...], out: str | None, overwrite: bool, progress: str, as_json: bool, quiet: bool,
-    **options: Any,
+    base: str, tuned: tuple[str, ...], out: str | None, lossy: str | None, rank: int | None, overwrite: bool, progress: str,
+    as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Keep FT, a fine-tune of BASE, as what differs from it: BASE and the delta give FT back bit for bit.
 
@@ -48,8 +54,17 @@ def command(
       surgery extract-delta base ft --reversible       then merge --reverse gives the base back from ft
       surgery extract-delta base ft1 ft2 ft3 -o store
       surgery info store/*.delta
+      surgery extract-delta base ft --lossy int4       ft.lossy.safetensors, which merge takes as an adapter
     """
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
+    if lossy is None and rank is not None:
+        raise click.UsageError("--rank belongs to --lossy: an exact delta has none")
+    if lossy is not None:
+        if len(tuned) > 1 or options.pop("reversible"):
+            raise click.UsageError("--lossy is for one FT, and never reversible")
+        found = {"bits": lossy, "rank": rank or 64, "progress": watcher, **options}
+        _extract_lossy(base, tuned[0], out, overwrite, as_json, quiet, found)
+        return
     if len(tuned) > 1:
         if out is None:
             raise click.UsageError("several fine-tunes need a folder for their deltas: -o DIR")
@@ -110,3 +125,28 @@ def _extract_many(
         click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} deltas written")
     if failed:
         raise click.exceptions.Exit(failed[0][1].exit_code)
+
+
+def _extract_lossy(
+    base: str, tuned: str, out: str | None, overwrite: bool, as_json: bool, quiet: bool, options: dict[str, Any]
+) -> None:
+    from surgery.lossy import SUFFIX as LOSSY  # these bring torch, which --help must not pay for
+    from surgery.operations.extract_lossy import check_lossy_name, extract_lossy
+
+    out = out or f"./{stem_of(tuned)}{LOSSY}"
+    check_lossy_name(out)
+    began = time.monotonic()
+    delta = extract_lossy(base, tuned, **options)
+    delta.save(out, overwrite=overwrite)
+    seconds = time.monotonic() - began
+    if as_json:
+        terminal.document({
+            "schema": "surgery.extract-lossy-delta/1", "out": out, "bytes": delta.nbytes, "bits": delta.bits,
+            "rank": options["rank"], "relative_error": delta.error, "seconds": round(seconds, 3),
+        })  # fmt: skip
+    elif quiet:
+        click.echo(printable(out))
+    else:
+        size = f"{human_bytes(delta.nbytes)} of {delta.bits}, relative error {delta.error:.4f}, measured"
+        click.echo(f"wrote {printable(out)} ({size}) in {seconds:.1f} s; not exact")
+        terminal.notes(delta.adapter.report.notes)

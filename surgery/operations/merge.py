@@ -19,6 +19,7 @@ from surgery.delta import Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.exact import Delta, is_delta
 from surgery.history import History, history_of
+from surgery.lossy import is_lossy, open_lossy
 from surgery.operations.merge_exact import merge_exact
 from surgery.operations.merge_models import Missing, Value, merge_models
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
@@ -105,7 +106,7 @@ def merge(
                 "it knows its tensors' names, so a name map does not apply": name_map is not None,
             },
         )  # fmt: skip
-    sources = [source for source in others if not isinstance(source, Delta)]
+    sources = [open_lossy(source) if is_lossy(source) else source for source in others if not isinstance(source, Delta)]
     if reverse or delta_base is not None:
         what = "the way back" if reverse else "--delta-base"
         raise UsageError(f"{what} is one of exact deltas", mend="take adapters out with unmerge" if reverse else None)
