@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import xxhash
 from surgery.errors import FormatError, MismatchError, SurgeryError, UsageError, VerificationError
 from surgery.formats import delta_codec, delta_manifest
 from surgery.formats.delta_codec import Block
-from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest
+from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest, Prediction
+from surgery.formats.delta_prediction import Factors, matrix_of
 from surgery.provenance import BlockDigests
 from surgery.sources import local
 from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
@@ -177,6 +179,51 @@ class Refitted(Wrapper):
         out[high - low :] = bytes(len(out) - (high - low))
 
 
+class Predicted(Wrapper):
+    """A base's matrix, brought nearer to the fine-tune's by factors.
+
+    Args:
+        source: the matrix, readable at any element.
+        prediction: the factors' description.
+        data: the delta's bytes.
+        offset: where in them the factors begin.
+    """
+
+    def __init__(self, source: LazyTensor, prediction: Prediction, data: LazyTensor, offset: int) -> None:
+        self.spec = source.spec
+        self.source = source
+        self._prediction = prediction
+        self._data = data
+        self._offset = offset
+        self._lock = threading.Lock()
+        self._factors: Factors | None = None
+
+    @property
+    def scratch(self) -> int:
+        """The source's scratch, and a few float64 copies."""
+        return self.source.scratch + 6 * 64 // BITS[self.spec.dtype]
+
+    @property
+    def resident(self) -> int:
+        """The source's, and the factors as they are and widened."""
+        rows, columns = matrix_of(self.spec.shape)
+        return self.source.resident + 12 * self._prediction.rank * (rows + columns)
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read the range, and add the factors' product."""
+        self.source.read_into(start, stop, out)
+        known = Block(self.spec.dtype, bytes(out))
+        out[:] = self._load().predict(known, start).bits.view("u1").data
+
+    def _load(self) -> Factors:
+        with self._lock:
+            if self._factors is None:
+                found = self._prediction
+                packed = read_block(self._data, self._offset, found.packed)
+                self._factors = Factors.unpack(packed, self.spec.shape, found.rank, found.scale)
+            return self._factors
+
+
 class Restored:
     """A tensor of one side of a delta, made from its twin on the other and the coded blocks between them.
 
@@ -306,6 +353,9 @@ def restored(
         elif spec.numel:
             if twin is not None and not reverse and twin.spec.shape != spec.shape:
                 twin = Refitted(twin, spec)
+            prediction = None if reverse else manifest.changes[spec.name].prediction
+            if prediction is not None and twin is not None:
+                twin = Predicted(twin, prediction, delta.data, offset + sum(block.size for block in blocks))
             source = Restored(spec, twin, blocks, delta.data, offset, reverse=reverse)
         found[spec.name] = Proved(source, wanted, label, reverse=reverse)
 

@@ -28,7 +28,7 @@ TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
     "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "extract_delta", "merge_delta",
-    "delta_report", "delta_coding", "delta_compare", "delta_squash", "delta_switch",
+    "delta_report", "delta_sample", "delta_coding", "delta_compare", "delta_squash", "delta_switch",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 

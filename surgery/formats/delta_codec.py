@@ -202,6 +202,23 @@ def _unsorted(coding: str, data: bytes, like: _Bits) -> _Bits:
     return codes
 
 
+def pack_numbers(values: _Bits) -> bytes:
+    """Write unsigned numbers as planes, those of either sign made small first."""
+    return _planes(_zigzag(values))
+
+
+def unpack_numbers(data: bytes, dtype: str, count: int) -> _Bits:
+    """Read what :func:`pack_numbers` wrote.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    reader = _Reader(data)
+    codes = reader.planes(np.dtype(dtype), count)
+    reader.end()
+    return _unzigzag(codes)
+
+
 @functools.cache
 def reuse_freed_memory() -> None:
     """Have the C library keep what is freed for what is allocated next.

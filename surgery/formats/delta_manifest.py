@@ -16,11 +16,14 @@ import xxhash
 
 from surgery.errors import FormatError, UnsupportedError
 from surgery.formats.delta_codec import CODINGS, RAW, SAME, SORTED, block_elements, compress, decompress
+from surgery.formats.delta_prediction import LARGEST_RANK, PREDICTED
 from surgery.formats.safetensors import build_header, check_name, strict_object
 from surgery.tensor import BITS, TensorSpec
 
 FORMAT = "surgery-delta/2"
 MANIFEST, DATA = "surgery.delta.manifest", "surgery.delta.data"
+FACTORS = "factors"
+"""What a prediction's bytes are called beside coded blocks."""
 LIMIT = 400_000_000
 """Largest manifest in bytes, decompressed."""
 
@@ -41,6 +44,16 @@ class Coded:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """Factors that the base's tensor is brought nearer to the fine-tune's by: see :mod:`surgery.formats.delta_prediction`."""
+
+    rank: int
+    scale: float
+    packed: Coded
+    """Where they lie: in the data after the tensor's blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """A tensor of one side, as it was when the delta was made."""
 
@@ -57,6 +70,13 @@ class Change:
     """The base's tensor that it is coded against: of its dtype and shape, or with another number of rows."""
     blocks: tuple[Coded, ...]
     """None where it is the base's tensor, unchanged."""
+    prediction: Prediction | None = None
+    """What its blocks are coded against, in place of the base's tensor itself."""
+
+    @property
+    def stored(self) -> tuple[Coded, ...]:
+        """Everything of it that lies in the data, in order."""
+        return self.blocks if self.prediction is None else (*self.blocks, self.prediction.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +109,7 @@ class Manifest:
         for change in self.changes.values():
             if change.base is None or not covers(self.base.tensors[change.base].spec, change.tuned.spec):
                 continue
-            if any(block.coding in (SORTED, RAW) for block in change.blocks):
+            if change.prediction or any(block.coding in (SORTED, RAW) for block in change.blocks):
                 return False
             covered.add(change.base)
         return covered == self.base.tensors.keys()
@@ -102,7 +122,7 @@ class Manifest:
     def runs(self) -> Iterator[tuple[tuple[str, bool], tuple[Coded, ...]]]:
         """Yield (name, whether it is the base's) and blocks in the order in which they lie in the data."""
         for name in sorted(self.changes):
-            yield (name, False), self.changes[name].blocks
+            yield (name, False), self.changes[name].stored
         for name in sorted(self.back):
             yield (name, True), self.back[name]
 
@@ -150,6 +170,9 @@ def _document(manifest: Manifest) -> dict[str, Any]:
             entry["blocks"] = _blocks(change.blocks)
         if change.base is None:
             entry["new"] = True
+        if change.prediction is not None:
+            found = change.prediction
+            entry["predicted"] = [found.rank, found.scale.hex(), found.packed.size, found.packed.digest]
         changes[name] = entry
     return {
         "schema": FORMAT, "reversible": manifest.reversible, "base": _side(manifest.base), "task": _side(manifest.task),
@@ -210,7 +233,7 @@ def _check_way_back(base: Mapping[str, Known], changes: Mapping[str, Change], ba
         if name not in back and name not in coded:
             raise FormatError("is the base's, and the delta that is to be reversible says nothing of it", tensor=name)
     for name, change in changes.items():
-        if change.base is not None and any(block.coding == RAW for block in change.blocks):
+        if change.base is not None and (change.prediction or any(block.coding == RAW for block in change.blocks)):
             raise FormatError("is stored without its base in a delta that is to be reversible", tensor=name)
 
 
@@ -248,7 +271,7 @@ def _parse_known(name: str, value: Any) -> Known:
 
 
 def _change(name: str, value: Any, base: Mapping[str, Known]) -> Change:
-    if not isinstance(value, dict) or not value.keys() <= {"from", "is", "blocks", "new"}:
+    if not isinstance(value, dict) or not value.keys() <= {"from", "is", "blocks", "new", "predicted"}:
         raise FormatError("its entry in the delta's manifest is malformed", tensor=name)
     source = None if value.get("new") else value.get("from", name)
     if source is not None and source not in base:
@@ -262,7 +285,25 @@ def _change(name: str, value: Any, base: Mapping[str, Known]) -> Change:
     blocks = _parse_blocks(name, value.get("blocks"), tuned.spec, raw=source is None)
     if source is not None and not fits(base[source].spec, tuned.spec):
         raise FormatError("is coded against a tensor of another dtype or shape", tensor=name)
-    return Change(tuned, source, blocks)
+    if "predicted" not in value:
+        return Change(tuned, source, blocks)
+    if source is None or base[source].spec.shape != tuned.spec.shape:
+        raise FormatError("is predicted from nothing", tensor=name)
+    return Change(tuned, source, blocks, _parse_prediction(name, value["predicted"], tuned.spec))
+
+
+def _parse_prediction(name: str, value: Any, spec: TensorSpec) -> Prediction:
+    if not isinstance(value, list) or len(value) != 4 or spec.dtype not in PREDICTED or len(spec.shape) < 2:
+        raise FormatError("its prediction is malformed", tensor=name)
+    rank, scale, size, digest = value
+    sized = type(rank) is int and 0 < rank <= LARGEST_RANK and type(size) is int and 0 < size < 1 << 40
+    try:
+        factor = float.fromhex(scale) if sized and isinstance(digest, str) and isinstance(scale, str) else 0.0
+    except (ValueError, OverflowError):
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise FormatError("its prediction is malformed", tensor=name)
+    return Prediction(rank, factor, Coded(FACTORS, size, digest))
 
 
 def _parse_blocks(name: str, value: Any, spec: TensorSpec, *, raw: bool) -> tuple[Coded, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from surgery.errors import SurgeryError
 from surgery.exact import Delta, Refitted
 from surgery.formats import delta_codec, delta_manifest
 from surgery.formats.delta_codec import Block
-from surgery.formats.delta_manifest import Change, Coded, Known, Manifest, Side, covers, fits
+from surgery.formats.delta_manifest import FACTORS, Change, Coded, Known, Manifest, Prediction, Side, covers, fits
+from surgery.formats.delta_prediction import Factors
 from surgery.names import align, parse_renames
+from surgery.operations.delta_sample import sampled_rank
 from surgery.provenance import BlockDigests
 from surgery.sources import local
 from surgery.sources.spool import Spool, SpooledTensor
@@ -41,6 +44,8 @@ class Task:
     coded: CodedBlocks = field(default_factory=dict)
     error: SurgeryError | None = None
     """Why nothing will come of it."""
+    predictions: dict[str, tuple[Factors, Prediction]] = field(default_factory=dict)
+    """The tensors that are coded against a prediction."""
 
     def __post_init__(self) -> None:
         """See which tensors are alike, and which of the base's are said all about."""
@@ -70,6 +75,7 @@ class Coding:
         self.reversible = reversible
         self.tasks: list[Task] = []
         self._spool = Spool(SPOOL_MEMORY)
+        self._one_matrix = threading.Lock()  # in memory at a time
         self._digests = {name: BlockDigests(spec) for name, spec in base.specs.items()}
 
     def add(self, tuned: Checkpoint, rename: Sequence[str]) -> Task:
@@ -97,11 +103,36 @@ class Coding:
         watcher.start(self.base.nbytes + sum(task.checkpoint.nbytes for task in self.tasks))
         with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool:
             try:
+                if not self.reversible:
+                    list(pool.map(self._predict, [(task, *pair) for task in self.tasks for pair in task.twins.items()]))
                 for done in pool.map(self._work, self._items()):
                     watcher.advance(done)
             finally:
                 pool.shutdown(cancel_futures=True)
                 watcher.finish()
+
+    def _predict(self, item: tuple[Task, str, str]) -> None:
+        """See whether a matrix moved along few directions, and find them."""
+        task, base, name = item
+        pair = self.base.tensors[base], task.checkpoint.tensors[name]
+        if pair[0].unit != 1 or pair[1].unit != 1:
+            return  # a sample would cost as much as all of it
+        try:
+            rank = sampled_rank(*pair)
+            if rank is None or task.error:
+                return
+            from surgery.operations.delta_prediction import find_factors  # torch, which few pairs need
+
+            with self._one_matrix:
+                factors = find_factors(*pair, rank)
+        except SurgeryError:
+            return  # the pass over all of it says whose fault it is
+        if factors is not None:
+            packed = factors.pack()
+            number = delta_manifest.block_count(pair[1].spec)
+            keep(self._spool, task.coded, (name, False), number, (FACTORS, packed))
+            described = Prediction(factors.rank, factors.scale, task.coded[name, False][number][0])
+            task.predictions[name] = factors, described
 
     def _items(self) -> list[Item]:
         items: list[Item] = [
@@ -139,6 +170,8 @@ class Coding:
         except SurgeryError as error:
             task.error = error
             return 0
+        if known is not None and name in task.predictions:
+            known = task.predictions[name][0].predict(known, number * delta_codec.block_elements(known.dtype))
         reversible = self.reversible and known is not None
         self._keep(task, (name, False), number, delta_codec.encode(tuned, known, reversible=reversible))
         return tuned.bits.nbytes
@@ -181,7 +214,8 @@ def _change(task: Task, name: str, tuned: Known, was: Mapping[str, Known]) -> Ch
     base = task.partners.get(name)
     if base is not None and was[base].fingerprint == tuned.fingerprint:
         return Change(tuned, base, ())
-    return Change(tuned, base, _coded(task, (name, False), tuned.spec))
+    prediction = task.predictions[name][1] if name in task.predictions else None
+    return Change(tuned, base, _coded(task, (name, False), tuned.spec), prediction)
 
 
 def _blocks_of(spec: TensorSpec) -> range:

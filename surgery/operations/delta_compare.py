@@ -131,7 +131,7 @@ def _status(one: Change | None, two: Change | None) -> str:
 
 
 def _cost(change: Change | None) -> int:
-    return 0 if change is None else sum(block.size for block in change.blocks)
+    return 0 if change is None else sum(block.size for block in change.stored)
 
 
 class Pair:

@@ -122,6 +122,8 @@ class _Joined:
         was = None if origin is None else self.first.manifest.base.tensors[origin]
         if was is not None and was.fingerprint == later.tuned.fingerprint:
             return Change(later.tuned, origin, ())
+        if later.prediction or earlier.prediction:
+            raise self._takes_the_base(name, "is predicted from the base")
         if later.tuned.spec.shape != earlier.tuned.spec.shape or (was and was.spec.shape != earlier.tuned.spec.shape):
             raise self._takes_the_base(name, "is resized on the way")
         for number, pair in enumerate(zip(

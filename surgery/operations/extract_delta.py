@@ -27,7 +27,8 @@ def extract_delta(
     """Take what differs between a base and a fine-tune, so that the base and it restore the fine-tune bit for bit.
 
     Every block of 2²⁰ elements becomes the shortest of: nothing (unchanged), differences at the positions that changed,
-    all differences sorted by the base's exponents, or the fine-tune's bits as they are. Differences count units in the
+    all differences sorted by the base's exponents, or the fine-tune's bits as they are. A matrix that moved along few
+    directions, as by a merged LoRA, is coded against a low-rank prediction. Differences count units in the
     last place, as integers. A tensor with another number of rows is coded against the rows that the base has; one that the
     base lacks, or has in another dtype or shape, is stored whole.
 
