@@ -116,6 +116,7 @@ def _rounded(values: _Floats, dtype: str) -> _Floats:
     odd = single.view(np.uint32) - (np.abs(wide) > np.abs(values)) | (wide != values)
     odd = odd.astype(np.uint32)
     if dtype == "F16":
-        return odd.view(np.float32).astype(np.float16).view(np.uint16)
+        half: _Floats = odd.view(np.float32).astype(np.float16).view(np.uint16)
+        return half
     nearest: _Floats = (odd + 0x7FFF + (odd >> 16 & 1) >> 16).astype(np.uint16)
     return nearest

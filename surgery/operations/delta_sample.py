@@ -60,4 +60,5 @@ def _values(tensor: LazyTensor, starts: list[int]) -> np.ndarray:
 def _spacing(values: np.ndarray, spec: TensorSpec) -> np.ndarray:
     digits = {"BF16": 8, "F16": 11, "F32": 24}[spec.dtype]
     _, exponents = np.frexp(values)
-    return np.ldexp(1.0, exponents - digits)
+    spacing: np.ndarray = np.ldexp(1.0, exponents - digits)
+    return spacing
