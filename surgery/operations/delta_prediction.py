@@ -17,6 +17,9 @@ from surgery.tensor import LazyTensor, read_bytes
 TRIED_LEVELS = (LEVELS >> 8, LEVELS >> 6, LEVELS >> 4, LEVELS >> 2)
 """Largest magnitudes of entries that are tried: fewer are fewer bytes, and a worse prediction."""
 
+SPARE = 8
+"""Directions that are looked for beyond those of the sample, where rounding hides the weakest."""
+
 
 def find_factors(base: LazyTensor, tuned: LazyTensor, rank: int) -> Factors | None:
     """Find factors that predict the fine-tune's matrix, if coding against that is cheaper than against the base.
@@ -33,12 +36,13 @@ def find_factors(base: LazyTensor, tuned: LazyTensor, rank: int) -> Factors | No
     delta, noise = _difference(base, tuned, rows, columns)
     if not bool(delta.isfinite().all()):
         return None
-    svd = truncated_svd(delta, rank, torch.Generator().manual_seed(0))
+    wanted = min(rank + SPARE, rows, columns)
+    svd = truncated_svd(delta, wanted, torch.Generator().manual_seed(0))
     edge = noise * (rows**0.5 + columns**0.5)
     kept = int((svd.sigma > edge).sum())
     if not kept:
         return None
-    left, right = (factor.numpy() for factor in svd.factors(min(kept, rank)))
+    left, right = (factor.numpy() for factor in svd.factors(min(kept, wanted)))
     return _cheapest(base, tuned, left, right)
 
 

@@ -7,10 +7,10 @@ import numpy as np
 from surgery.formats.delta_prediction import PREDICTED
 from surgery.tensor import LazyTensor, TensorSpec, read_bytes
 
-SIDE = 128
-"""Rows, and columns, of the part that is looked at."""
-LARGEST = SIDE // 2
-"""Directions from which on a change is not taken for one of low rank."""
+SIDE = 64
+"""Rows, and columns, of the part that is looked at: so few that LAPACK takes a third of a millisecond, on one thread."""
+LARGEST = 40
+"""Directions beyond which a change is not taken for one of low rank."""
 SMALLEST, LARGEST_MATRIX = 1 << 14, 1 << 25
 """Elements of the matrices that are looked at: factors of small ones cost too much, large ones too much memory."""
 ABOVE_NOISE = 1.15
