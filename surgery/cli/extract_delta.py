@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -12,6 +14,7 @@ from surgery.errors import printable
 from surgery.exact import SUFFIX, Delta
 from surgery.execute import Progress
 from surgery.operations.delta_report import describe
+from surgery.report import Table
 from surgery.sources.local import stem_of
 from surgery.tensor import human_bytes
 
@@ -36,11 +39,13 @@ from surgery.tensor import human_bytes
 @options.rename
 @options.jobs
 @options.overwrite
+@options.dry_run
 @options.progress
+@options.no_cache
 @options.common
 def command(
-    base: str, tuned: tuple[str, ...], out: str | None, lossy: str | None, rank: int | None, overwrite: bool, progress: str,
-    as_json: bool, quiet: bool, **options: Any,
+    base: str, tuned: tuple[str, ...], out: str | None, lossy: str | None, rank: int | None, overwrite: bool, dry_run: bool,
+    progress: str, as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Keep FT, a fine-tune of BASE, as what differs from it: BASE and the delta give FT back bit for bit.
 
@@ -56,6 +61,11 @@ def command(
       surgery info store/*.delta
       surgery extract-delta base ft --lossy int4       ft.lossy.safetensors, which merge takes as an adapter
     """
+    if dry_run:
+        if lossy:
+            raise click.UsageError("--lossy has no --dry-run: surgery extract-lora has one")
+        _outline(base, tuned, options["reversible"], options["rename"], as_json=as_json)
+        return
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
     if lossy is None and rank is not None:
         raise click.UsageError("--rank belongs to --lossy: an exact delta has none")
@@ -80,6 +90,24 @@ def command(
     delta = extract_delta(*pair, progress=watcher, **options)
     delta.save(out, overwrite=overwrite)
     show(delta, out, time.monotonic() - began, "extract-delta", as_json=as_json, quiet=quiet)
+
+
+def _outline(base: str, tuned: Sequence[str], reversible: bool, rename: Sequence[str], *, as_json: bool) -> None:
+    """Print what would be done, a line or an entry a fine-tune."""
+    from surgery.operations.delta_outline import outline_delta
+
+    found = {each: outline_delta(base, each, reversible=reversible, rename=rename) for each in tuned}
+    if as_json:
+        deltas = [{"tuned": each, **dataclasses.asdict(outline)} for each, outline in found.items()]
+        terminal.document({"schema": "surgery.plan/1", "operation": "extract-delta", "deltas": deltas})
+        return
+    rows = tuple(
+        (printable(each), f"{o.compared:,}", f"{o.whole:,}", f"{o.removed:,}", human_bytes(o.bytes_read),
+         human_bytes(o.bytes_written))
+        for each, o in found.items()
+    )  # fmt: skip
+    columns = ("fine-tune", "tensors to compare", "to store whole", "of the base alone", "reads", "writes at most")
+    terminal.table(Table("What would be done", columns, rows))
 
 
 def show(delta: Delta, out: str, seconds: float, verb: str, *, as_json: bool, quiet: bool) -> None:

@@ -14,6 +14,7 @@ from surgery.operations.info import Info, info, overview
 @click.argument("checkpoints", metavar="CHECKPOINT...", type=click.Path(), nargs=-1, required=True)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--roles", is_flag=True, help="Show what each tensor is taken for; role:NAME in patterns chooses by it.")
+@options.no_cache
 @options.common
 def command(checkpoints: tuple[str, ...], tensors: bool, roles: bool, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, dtypes, shapes, parameters, bytes.

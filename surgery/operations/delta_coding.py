@@ -20,6 +20,7 @@ from surgery.names import align, parse_renames
 from surgery.operations.delta_sample import sampled_rank
 from surgery.provenance import BlockDigests
 from surgery.sources import local
+from surgery.sources.remote import expect
 from surgery.sources.spool import Spool, SpooledTensor
 from surgery.tensor import LazyTensor, TensorSpec, any_range, byte_range, read_bytes
 
@@ -100,6 +101,11 @@ class Coding:
         Raises:
             SurgeryError: the base cannot be read.
         """
+        expect(
+            tensor
+            for each in (self.base, *(task.checkpoint for task in self.tasks))
+            for tensor in each.tensors.values()
+        )
         watcher.start(self.base.nbytes + sum(task.checkpoint.nbytes for task in self.tasks))
         with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool:
             try:

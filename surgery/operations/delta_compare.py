@@ -153,4 +153,4 @@ class Pair:
             MismatchError: by tensor.
         """
         for work in self._works:
-            work.prove({})
+            work.prove_source()

@@ -22,6 +22,7 @@ from surgery.history import History, history_of
 from surgery.lossy import is_lossy, open_lossy
 from surgery.operations.merge_exact import merge_exact
 from surgery.operations.merge_models import Missing, Value, merge_models
+from surgery.operations.merge_rules import Rule, rules_table
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
 AdapterSource = str | os.PathLike[str] | Adapter
@@ -62,7 +63,7 @@ def merge(
         base: the checkpoint to merge into.
         others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or
             exact deltas, files or :func:`surgery.extract_delta`'s;
-            with an algorithm also models.
+            with an algorithm models, and any number of adapters and deltas, each of which stands for the base with it.
         algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
         coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
             or a function of the tensor's name.
@@ -96,12 +97,24 @@ def merge(
     >>> merge({"w": torch.zeros(2)}, {"w": torch.ones(2)}, algorithm="task_arithmetic", coeff=0.5)["w"].tolist()
     [0.5, 0.5]
     """
+    if algorithm is not None:
+        if reverse or delta_base is not None:
+            what = "reverse restores a base from" if reverse else "delta_base decodes"
+            raise UsageError(f"{what} an exact delta: no algorithm does")
+        row = find(algorithm)
+        own = row.base == "required" if with_base is None else with_base
+        return merge_models(
+            others if own else (base, *others), algorithm=row, base=base if own else None,
+            parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
+            dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
+            name_map=name_map, allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete,
+        )  # fmt: skip
     if any(map(is_delta, others)):
         return merge_exact(
             base, others, coeffs=None if coeff is None else spread(coeff, len(others)), delta_base=delta_base,
             reverse=reverse, allow_nonfinite=allow_nonfinite,
             unfit={
-                "it is merged by no algorithm": algorithm is not None or parameters,
+                "without an algorithm it takes no parameters": parameters,
                 "its codes mean nothing on another base, so --allow-base-mismatch does not apply": allow_base_mismatch,
                 "it knows its tensors' names, so a name map does not apply": name_map is not None,
             },
@@ -110,14 +123,6 @@ def merge(
     if reverse or delta_base is not None:
         what = "the way back" if reverse else "--delta-base"
         raise UsageError(f"{what} is one of exact deltas", mend="take adapters out with unmerge" if reverse else None)
-    if algorithm is not None:
-        row = find(algorithm) if isinstance(algorithm, str) else algorithm
-        own = row.base == "required" if with_base is None else with_base
-        return merge_models(
-            sources if own else (base, *sources), algorithm=row, base=base if own else None,
-            parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
-            dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
-        )  # fmt: skip
     if parameters or dtype or with_base is not None:
         given = next(iter(parameters), "dtype" if dtype else "with_base")
         raise UsageError(f"{given} belongs to an algorithm: name one, as algorithm='ties'")
@@ -151,6 +156,7 @@ def merge(
             history=work.future(),
             files=files,
             bytes_read=checkpoint.nbytes + sum(adapter.nbytes for adapter in opened),
+            tables=[rules_table({name: work.rule(name) for name in tensors}, tensors)],
             work=work_of([checkpoint], coeffs, work.prints, sorted((name_map or {}).items()), allow_nonfinite),
         ),
     )
@@ -173,22 +179,6 @@ def resized_config(
         return config, {}
     changed = {**config, "vocab_size": max(rows.values())}
     return changed, {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
-
-
-def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """Return the base with an adapter merged into it, not rounded: touched weights are float32 at least."""
-    binding = bind(adapter, base)
-    tensors = dict(base.tensors)
-    require_arithmetic(base, sorted(binding.updates))
-    for name, updates in binding.updates.items():
-        wide = "F64" if tensors[name].spec.dtype == "F64" else "F32"
-        labels = [base.label] + [adapter.label] * len(updates)
-        tensors[name] = Applied(tensors[name], updates, wide, labels=labels)
-    stored = adapter.stored and adapter.report is None  # not an adapter that was just made
-    return Checkpoint(
-        tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
-        notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}, work=work_of([base]) if stored else None),
-    )  # fmt: skip
 
 
 def spread(coeff: Value, count: int) -> list[float]:
@@ -262,19 +252,32 @@ class Work:
         """Names of the weights that become copies of one adapter's tensor."""
         return {name for name, updates in self.updates.items() if _is_copy(updates)}
 
-    def output(self, name: str, allow_nonfinite: bool) -> LazyTensor:
-        """Compose one output tensor."""
+    def output(self, name: str, allow_nonfinite: bool = False, *, wide: bool = False) -> LazyTensor:
+        """Compose one output tensor, ``wide`` for one that is not rounded to the base's dtype."""
         if name not in self.updates:
             return self.base.tensors[name]
         spec = self.base.tensors[name].spec
+        if wide:
+            spec = TensorSpec(name, "F64" if spec.dtype == "F64" else "F32", spec.shape)
         first = self.updates[name][0]
         if any(name in binding.resized for binding in self.bindings) and not _is_copy(self.updates[name]):
             raise MismatchError("is resized by one adapter and changed by another", file=self.base.label, tensor=name)
         if isinstance(first, Replacement) and _is_copy(self.updates[name]):
             return take(first.new, spec, self._labels[name][1], allow_nonfinite=allow_nonfinite)
         return Applied(
-            self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite, labels=self._labels[name]
+            self.traced[name],
+            self.updates[name],
+            spec.dtype,
+            allow_nonfinite=allow_nonfinite,
+            labels=self._labels[name],
         )
+
+    def rule(self, name: str) -> Rule:
+        """Say how a tensor is made."""
+        adapters = ", ".join(dict.fromkeys(self._labels.get(name, [])[1:]))
+        if _is_copy(self.updates.get(name, ())):
+            return Rule(f"copy of {adapters}")
+        return Rule(f"{self.base.label} with {adapters}" if adapters else f"copy of {self.base.label}")
 
     def originals(self) -> dict[str, LazyTensor]:
         """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
@@ -328,6 +331,8 @@ class Work:
         }
         if not draft:
             self._check_base(before)
+            if self.base.origin is not None:
+                self.base.origin.record(before)  # what the base was made from proves itself
         tensors: dict[str, dict[str, Any]] = {}
         for name, value in fingerprints.items():
             tensors[name] = {"fingerprint": value}
@@ -338,9 +343,9 @@ class Work:
             "merge",
             parameters={"coeff": list(self.coeffs)},
             inputs=[
-                {"role": "base", "name": self.base.label, "fingerprint": combined},
+                {"role": "base", "name": self.base.label, **self.base.pinned, "fingerprint": combined},
                 *(
-                    {"role": "adapter", "name": adapter.label, "fingerprint": value}
+                    {"role": "adapter", "name": adapter.label, **adapter.pinned, "fingerprint": value}
                     for adapter, value in zip(self.adapters, self.prints, strict=True)
                 ),
             ],
@@ -368,7 +373,8 @@ class Work:
         if self._allow_base_mismatch:
             return
         for adapter in self.adapters:
-            expected = expected_base(adapter, self.base)
+            found = expected_base(adapter, self.base)
+            expected = {name: value for name, value in found.items() if name in before}  # a recipe may take some layers
             wrong = [
                 name for name, value in expected.items() if value not in (before[name], self.history.base_prints.get(name))
             ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery import provenance
@@ -14,7 +14,9 @@ from surgery.errors import FormatError, MismatchError, SurgeryError, UsageError,
 from surgery.exact import Delta, open_delta, restored, wrong_twin
 from surgery.formats.delta_manifest import Known
 from surgery.formats.safetensors import strict_object
+from surgery.operations.merge_rules import Rule, rules_table
 from surgery.report import join_shown
+from surgery.sources.local import pinned
 from surgery.tensor import LazyTensor, any_range
 
 DeltaSource = str | os.PathLike[str] | Delta
@@ -129,6 +131,10 @@ class Restoration:
         )
         self.twins = {name: twin for name, twin in twins.items() if name not in self._given}
         """The names of restored tensors → of those they are restored from."""
+        self.shared = {
+            name for name, twin in self.twins.items() if not manifest.changes[twin if reverse else name].blocks
+        }
+        """The names of restored tensors that both sides have alike."""
         self._traced: dict[str, provenance.Traced] = {}
         for name in self.twins.values():
             self._traced[name] = provenance.Traced(any_range(self._find(self._source.tensors[name])))
@@ -138,7 +144,7 @@ class Restoration:
         made = restored(self.delta, self._traced, self._checkpoint.label, reverse=self._reverse, leave=self._given)
         tensors = {**made, **self._given}
         config, files = self._config()
-        kept = self._copied() + len(self._given)
+        kept = len(self.shared) + len(self._given)
         return Checkpoint(
             {name: tensors[name] for name in self.target.tensors},
             label=self.target.name,
@@ -152,6 +158,7 @@ class Restoration:
                 counts={"restored": len(self.target.tensors) - kept, "copied": kept},
                 files=files,
                 bytes_read=self._bytes_read(),
+                tables=[rules_table({name: self.rule(name) for name in tensors}, tensors)],
                 work=work_of([self._checkpoint], "exact delta", self.delta.digest, self._reverse, sorted(self._given)),
             ),
         )
@@ -167,11 +174,12 @@ class Restoration:
             return found
         raise MismatchError(what, file=self._checkpoint.label, tensor=wanted.spec.name, mend=f"name that {side}")
 
-    def _copied(self) -> int:
-        """Count the restored tensors that both sides share."""
-        changes = self.delta.manifest.changes
-        names = self.twins.values() if self._reverse else self.twins
-        return sum(not changes[name].blocks for name in names)
+    def rule(self, name: str) -> Rule:
+        """Say how a tensor is made: a copy, restored from its twin, or from the delta alone that holds it whole."""
+        if name in self._given or name in self.shared:
+            return Rule(f"copy of {self._giver if name in self._given else self._checkpoint.label}")
+        twin = f"{self._checkpoint.label} and " if name in self.twins else ""
+        return Rule(f"restored from {twin}{self.delta.label}")
 
     def _bytes_read(self) -> int:
         known = self._checkpoint.origin.bytes_read if self._previous and self._checkpoint.origin else None
@@ -220,25 +228,43 @@ class Restoration:
         if not before:
             prints = {name: known.fingerprint for name, known in self._source.tensors.items()}
             role = "fine-tune" if self._reverse else "base"
-            before = [{"role": role, "name": self._checkpoint.label, "fingerprint": provenance.combine(prints)}]
-        return [*before, {"role": "delta", "name": self.delta.label, "fingerprint": self.delta.digest}]
+            before = [
+                {
+                    "role": role,
+                    "name": self._checkpoint.label,
+                    **self._checkpoint.pinned,
+                    "fingerprint": provenance.combine(prints),
+                }
+            ]
+        return [
+            *before,
+            {"role": "delta", "name": self.delta.label, **pinned(self.delta.stored), "fingerprint": self.delta.digest},
+        ]
 
     def prove(self, fingerprints: Mapping[str, str]) -> None:
-        """Hold what was read and what came of it against what is recorded.
+        """Hold what was restored, and what it was restored from, against what is recorded: a recipe may take some layers.
 
         Raises:
             MismatchError: a tensor that was read is not what the delta was made with.
             VerificationError: a restored tensor is not what it was.
         """
-        for name, traced in self._traced.items():
-            if traced.fingerprint() != self._source.tensors[name].fingerprint:
-                raise self.wrong(name)
+        self.prove_source([self.twins[wanted] for wanted in fingerprints if wanted in self.twins])
         for name, value in fingerprints.items():
             if value == self.target.tensors[name].fingerprint:
                 continue
             if name in self._given:
                 raise wrong_twin(name, self._giver, reverse=True)
             raise self.damaged(name)
+
+    def prove_source(self, names: Iterable[str] | None = None) -> None:
+        """Hold tensors that the others are restored from against what is recorded; all of them by default.
+
+        Raises:
+            MismatchError: one of them is not what the delta was made with.
+        """
+        for name in self._traced if names is None else names:
+            if self._traced[name].fingerprint() != self._source.tensors[name].fingerprint:
+                raise self.wrong(name)
 
     def wrong(self, name: str) -> SurgeryError:
         """Say whose fault a wrong input is: that of the checkpoint that everything began with, if it led here."""

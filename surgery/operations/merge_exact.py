@@ -19,6 +19,9 @@ from surgery.provenance import Traced
 from surgery.report import join_shown
 from surgery.tensor import ARITHMETIC, LazyTensor, any_range, renamed
 
+AS_MODEL = "name an algorithm, for which it counts as a model: task_arithmetic, ties …"
+"""How to mend what means nothing for bits."""
+
 
 def merge_exact(
     base: Source, others: Sequence[object], *, coeffs: Sequence[float] | None, delta_base: Source | None, reverse: bool,
@@ -43,11 +46,10 @@ def merge_exact(
     name = str(deltas[0].label if isinstance(deltas[0], Delta) else os.fspath(deltas[0]))
     if len(deltas) < len(others):
         raise UsageError("is an exact delta: it is not merged beside adapters or models", file=name,
-                         mend="restore the fine-tune first, and merge that")  # fmt: skip
+                         mend=AS_MODEL)  # fmt: skip
     for what, given in unfit.items():
         if given:
-            mend = "restore the fine-tune first, and merge that" if "algorithm" in what else None
-            raise UsageError(f"is an exact delta: {what}", file=name, mend=mend)
+            raise UsageError(f"is an exact delta: {what}", file=name, mend=AS_MODEL)
     if delta_base is not None:
         if reverse:
             raise UsageError("the way back gives bits, --delta-base numbers", mend="use one of them")
