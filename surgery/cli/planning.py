@@ -52,7 +52,7 @@ def show(
     if not quiet:
         terminal.plan(found, as_json=as_json, verb="merge", notes_=merged.notes, tables=tables)
     if not as_json and not quiet:
-        from surgery.operations import cost
+        from surgery.operations import cost  # brings torch, which --help must not pay for
 
         time = cost.seconds(found, merged.tensors.values())
         terminal.facts([("time", f"about {time:.0f} s, were this the machine of docs/performance.md, and idle")])
