@@ -15,6 +15,7 @@ from surgery.checkpoint import Checkpoint, Origin, require_arithmetic, work_of
 from surgery.exact import Delta, is_delta, open_delta
 from surgery.history import history_of
 from surgery.names import align
+from surgery.operations.merge_adapters import Work, resized_config
 from surgery.operations.merge_delta import merge_delta
 from surgery.tensor import BITS, LazyTensor, byte_range, read_bytes, renamed
 
@@ -75,10 +76,10 @@ def as_model(
     Raises:
         MismatchError: the adapter does not fit this base, or is in there already.
     """
-    from surgery.operations.merge import Work, resized_config  # the other way round, merge comes here for its inputs
-
     binding = bind(adapter, base, name_map=name_map, allow_incomplete=allow_incomplete)
-    work = Work(base, history_of(base), [adapter], [1.0], [binding], allow_base_mismatch)
+    work = Work(
+        base, history_of(base), [adapter], [1.0], [binding], allow_base_mismatch=allow_base_mismatch, undo=False
+    )
     work.check_not_merged_yet()
     require_arithmetic(base, sorted(work.touched))
     config, files = resized_config(base.config, [binding.resized])
