@@ -298,6 +298,20 @@ def test_pickled_weights_are_read_by_ranges_too(loopback, tmp_path):
     assert sum(request.sent for request in seen) < 1.1 * found.numel() * 4
 
 
+def test_a_mirror_that_lists_no_sizes_is_asked_for_the_tree(pair, tmp_path):
+    pair._api.describes_files = False
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pair.watch() as seen:
+        found = surgery.open("hf://t/base")[name]
+    np.testing.assert_array_equal(found.numpy(), load_file(tmp_path / "base" / "model.safetensors")[name])
+    commit = pair.repos["t/base"].refs["main"]
+    assert any(f"/tree/{commit}" in request.path for request in seen)
+    reading.forget()
+    pair.fault(503, "tree", times=None)
+    with pytest.raises(HubError, match="answered 503, 5 times in a row"):
+        surgery.open("hf://t/ft")
+
+
 def test_verify_reads_the_hub(pair, tmp_path):
     assert run("convert", tmp_path / "base", "-o", tmp_path / "copy", "--dtype", "F16") == 0
     pair.add("t/copy", tmp_path / "copy")

@@ -13,11 +13,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from surgery import __version__
-from surgery.errors import FormatError, HubError, UnsafeError, printable
+from surgery.errors import FormatError, HubError, IOFailure, UnsafeError, printable
 
 PAUSE = 0.5
 """Seconds before a request is made again; twice as many each further time."""
@@ -330,3 +331,35 @@ def describe(error: Exception) -> str:
 def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
+
+
+@contextmanager
+def client_errors(what: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into errors of ours: its own carry the request, and with it the token.
+
+    Raises:
+        Passing: another attempt may help.
+        HubError: the Hub refused.
+        IOFailure: the cache cannot be written.
+    """
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # it is documented
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in PASSING:
+            raise Passing(f"the server answered {error.response.status_code}") from None
+        raise refusal(error.response, what) from None
+    except (errors.LocalEntryNotFoundError, httpx.TransportError):
+        raise Passing("the download failed") from None
+    except errors.OfflineModeIsEnabled:
+        raise HubError("HF_HUB_OFFLINE is set", file=what) from None
+    except errors.XetDownloadError:
+        raise HubError(
+            "cannot be downloaded by Xet", file=what, mend="try again, or set HF_HUB_DISABLE_XET=1"
+        ) from None
+    except errors.FileMetadataError:
+        raise HubError("the Hub does not describe it", file=what) from None
+    except OSError as error:
+        raise IOFailure(f"cannot be downloaded: {error.strerror or type(error).__name__}", file=what) from None

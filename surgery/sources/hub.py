@@ -10,46 +10,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from surgery.errors import FormatError, HubError, IOFailure, UnsafeError, UsageError, printable
+from surgery.errors import HubError, IOFailure, UsageError, printable
 from surgery.sources import folders, http, hub_cache
+from surgery.sources.listing import Listed, is_content, resolve
 from surgery.sources.references import HubReference
 from surgery.sources.remote import RemoteFile
 
 SMALL_LIMIT = 200_000_000
 """Files above this size, in bytes, are never fetched for what they say, only for their tensors."""
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_OFFLINE = "HF_HUB_OFFLINE is set"
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """A file as the Hub lists it."""
-
-    size: int
-    oid: str
-    """Git's name of its content: of the pointer, for a large file."""
-    sha256: str | None
-
-    @property
-    def etag(self) -> str:
-        """What its blob is called in the cache."""
-        return self.sha256 or self.oid
 
 
 class Snapshot:
     """The files of a repository at a commit: what :func:`surgery.sources.folders.declare` is told."""
 
-    def __init__(self, reference: HubReference, commit: str, files: Mapping[str, _Listed], *, cached: bool) -> None:
+    def __init__(self, reference: HubReference, commit: str, files: Mapping[str, Listed], *, cached: bool) -> None:
         self._reference, self._commit, self._files, self._cached = reference, commit, files, cached
         self.sizes = {name: listed.size for name, listed in files.items()}
         self._home = (hub_cache.cache_folder() if cached else _passing_folder()) / hub_cache.folder_name(reference.repo)
@@ -75,7 +56,7 @@ class Snapshot:
             if (self.folder / name).exists():
                 return
             data = http.get_bytes(
-                self._url(name), self._shown(name), limit=SMALL_LIMIT, check=lambda data: _is_content(data, listed)
+                self._url(name), self._shown(name), limit=SMALL_LIMIT, check=lambda data: is_content(data, listed)
             )
             with _writing(self._home):
                 self._keep(name, listed.etag, data)
@@ -101,7 +82,7 @@ class Snapshot:
         patience = http.Patience(shown)
         while found is None:
             try:
-                with client_errors(shown):
+                with http.client_errors(shown):
                     found = hf_hub_download(
                         self._reference.repo, name, revision=self._commit, cache_dir=self._home.parent,
                         endpoint=http.endpoint(),
@@ -184,94 +165,18 @@ def folder_of(reference: HubReference, *, cached: bool) -> Path:
         found = hub_cache.find_snapshot(reference.repo, reference.revision) if cached else None
         if found is None or not hub_cache.is_whole(found):
             raise HubError(
-                f"{_OFFLINE}, and it is not in the Hugging Face cache",
+                "HF_HUB_OFFLINE is set, and it is not in the Hugging Face cache",
                 file=str(reference),
                 mend="unset it, or download it",
             )
         return Path(os.path.realpath(found))
-    commit, files = _resolve(reference)
+    commit, files = resolve(reference)
     snapshot = Snapshot(reference, commit, files, cached=cached)
     with _writing(snapshot.folder):
         snapshot.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(os.path.realpath(snapshot.folder))
     folders.declare(folder, snapshot)
     return folder
-
-
-def _resolve(reference: HubReference) -> tuple[str, dict[str, _Listed]]:
-    """Ask the Hub what a revision stands for now, and which files it has."""
-    revision = quote(reference.revision or hub_cache.MAIN, safe="")
-    url = f"{http.endpoint()}/api/models/{reference.repo}/revision/{revision}?blobs=true"
-    document = http.get_json(url, str(reference))
-    commit = document.get("sha") if isinstance(document, dict) else None
-    listed = document.get("siblings") if isinstance(document, dict) else None
-    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(listed, list):
-        raise FormatError("the Hub's answer names no commit and files", file=str(reference))
-    return commit, dict(_entry(item, reference) for item in listed)
-
-
-def _entry(item: Any, reference: HubReference) -> tuple[str, _Listed]:
-    """Check one file that the Hub lists.
-
-    Raises:
-        FormatError: it is not described as the Hub describes files.
-        UnsafeError: its name leads out of the repository.
-    """
-    name, size, oid = (
-        (item.get(key) for key in ("rfilename", "size", "blobId")) if isinstance(item, dict) else [None] * 3
-    )
-    large = item.get("lfs") if isinstance(item, dict) else None
-    sha256 = large.get("sha256") if isinstance(large, dict) else None
-    if not isinstance(name, str) or type(size) is not int or size < 0:
-        raise FormatError(f"the Hub lists {item!r:.80}", file=str(reference))
-    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
-        raise UnsafeError(f"the Hub lists {name!r}, outside the repository", file=str(reference))
-    for digest, length in ((oid, 40), (sha256, 64)):
-        if digest is not None and not (isinstance(digest, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", digest)):
-            raise FormatError(f"the Hub lists {item!r:.80}", file=str(reference))
-    if oid is None:
-        raise FormatError(f"the Hub does not say which content {name!r} has", file=str(reference))
-    return name, _Listed(size, oid, sha256)
-
-
-def _is_content(data: bytes, listed: _Listed) -> bool:
-    if len(data) != listed.size:
-        return False
-    if listed.sha256 is not None:
-        return hashlib.sha256(data).hexdigest() == listed.sha256
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == listed.oid
-
-
-@contextmanager
-def client_errors(what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into errors of ours: its own carry the request, and with it the token.
-
-    Raises:
-        Passing: another attempt may help.
-        HubError: the Hub refused.
-        IOFailure: the cache cannot be written.
-    """
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # it is documented
-
-    try:
-        yield
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code in http.PASSING:
-            raise http.Passing(f"the server answered {error.response.status_code}") from None
-        raise http.refusal(error.response, what) from None
-    except (errors.LocalEntryNotFoundError, httpx.TransportError):
-        raise http.Passing("the download failed") from None
-    except errors.OfflineModeIsEnabled:
-        raise HubError(_OFFLINE, file=what) from None
-    except errors.XetDownloadError:
-        raise HubError(
-            "cannot be downloaded by Xet", file=what, mend="try again, or set HF_HUB_DISABLE_XET=1"
-        ) from None
-    except errors.FileMetadataError:
-        raise HubError("the Hub does not describe it", file=what) from None
-    except OSError as error:
-        raise IOFailure(f"cannot be downloaded: {error.strerror or type(error).__name__}", file=what) from None
 
 
 @contextmanager

@@ -27,11 +27,13 @@ class Api:
     def __init__(self, store: Store, xet: Xet, tokens: dict[str, str], readers: set[str]) -> None:
         self.url = ""
         self.repos: dict[str, Repo] = {}
+        self.describes_files = True
+        """Whether a repository's description gives sizes and hashes when asked to; some mirrors do not."""
         self._store, self._xet, self._tokens, self._readers = store, xet, tokens, readers
         self._lock = threading.RLock()
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Reply]]] = [
-            (methods, re.compile(pattern), call)
-            for methods, pattern, call in (
+            (method, re.compile(pattern), call)
+            for method, pattern, call in (
                 ("GET", r"/api/whoami-v2", self._who),
                 ("GET", r"/api/agent-harnesses", lambda request, user: of_json([])),
                 ("POST", r"/api/validate-yaml", self._validate),
@@ -50,16 +52,16 @@ class Api:
                 ("GET", rf"/api/models/{_ID}", self._info),
                 ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", self._batch),
                 ("POST", rf"/{_ID}\.git/info/lfs/verify", self._verify),
-                ("GET HEAD", rf"/{_ID}/resolve/{_REV}/(?P<path>.*)", self._resolve),
-                ("GET HEAD", r"/api/resolve-cache/(?P<oid>[0-9a-f]{40})/(?P<path>.*)", self._never),
+                ("GET", rf"/{_ID}/resolve/{_REV}/(?P<path>.*)", self._resolve),
+                ("GET", r"/api/resolve-cache/(?P<oid>[0-9a-f]{40})/(?P<path>.*)", self._never),
             )
         ]
 
     def answer(self, request: Request) -> Reply:
         """Find the route, check the token, and answer."""
-        for methods, pattern, call in self._routes:
+        for method, pattern, call in self._routes:
             found = pattern.fullmatch(request.path)
-            if found is None or request.method not in methods.split():
+            if found is None or request.method.replace("HEAD", "GET") != method:
                 continue
             token = request.headers.get("Authorization", "").removeprefix("Bearer ")
             if token and token not in self._tokens:
@@ -142,7 +144,7 @@ class Api:
     def _info(self, request: Request, user: str | None, repo: Repo, rev: str = "main") -> Reply:
         commit = repo.commit_of(rev)
         assert commit is not None
-        described = request.query.get("blobs", ["false"])[0].lower() == "true"
+        described = self.describes_files and request.query.get("blobs", ["false"])[0].lower() == "true"
         return of_json(
             {
                 "_id": "0", "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid,
