@@ -66,8 +66,9 @@ def test_every_command_has_help_with_an_example_and_one_short_line(command, run)
 
 def test_every_command_of_the_api_has_the_same_name():
     # surgery.algorithms, surgery.methods and surgery.plan are rooms: their registries are what the commands print, and
-    # what plan and run do are methods of the checkpoint that merge_recipe returns.
-    others = {"algorithms", "methods", "plan", "run"}
+    # what plan and run do are methods of the checkpoint that merge_recipe returns. So is surgery.delta a room; its commands
+    # are squash_deltas and switch_delta.
+    others = {"algorithms", "delta", "methods", "plan", "run"}
     assert {command.replace("-", "_") for command in COMMANDS} - others <= set(surgery.__all__)
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "diff": "Compare two checkpoints, and say how to ship the change.",
     "extract-lora": "Extract a LoRA adapter from a fine-tune and its base.",
     "extract-delta": "Keep a fine-tune as what differs from its base, exactly.",
+    "delta": "Squash a chain of exact deltas, or switch between the fine-tunes of two.",
     "spectrum": "Show the singular values of a fine-tune's changes.",
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",

@@ -13,8 +13,9 @@ from surgery.errors import UsageError
 from surgery.exact import Delta, is_delta
 from surgery.history import history_of
 from surgery.kept import KEPT_FILE, UNDO_FILE
+from surgery.lossy import is_lossy, open_lossy
 from surgery.operations.merge_adapters import Work, resized_config
-from surgery.operations.merge_delta import merge_delta
+from surgery.operations.merge_exact import merge_exact
 from surgery.operations.merge_models import Missing, Value, merge_models
 from surgery.operations.merge_rules import rules_table
 
@@ -37,6 +38,7 @@ def merge(
     missing: Missing = "refuse",
     reverse: bool = False,
     undo: bool = True,
+    delta_base: Source | None = None,
     **parameters: Value,
 ) -> Checkpoint:
     r"""Merge adapters into a base, or models by an algorithm.
@@ -49,12 +51,13 @@ def merge(
     untouched tensors, and full replacements with ``c = 1``, are copied as bytes.
 
     *With an exact delta* (:func:`surgery.extract_delta`) the fine-tune that it was made from is restored, bit for bit; a wrong
-    base is refused by tensor. With ``reverse`` the base is restored from the fine-tune.
+    base is refused by tensor. Several are a chain, each made with what the one before restores. With ``reverse`` the base
+    is restored from the fine-tune. With ``delta_base`` they are numbers, ``round(W + Σᵢ cᵢ · (FTᵢ − BASE))``, for any ``W``.
 
     Args:
         base: the checkpoint to merge into.
-        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or one
-            exact delta, a file or :func:`surgery.extract_delta`'s;
+        others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or
+            exact deltas, files or :func:`surgery.extract_delta`'s;
             with an algorithm models, and any number of adapters and deltas, each of which stands for the base with it.
         algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
         coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
@@ -71,6 +74,7 @@ def merge(
         reverse: with an exact delta: ``base`` is the fine-tune, and the base is restored.
         undo: with adapters, saved as a folder: keep beside the weights what :func:`surgery.unmerge` needs to give the
             base back to the bit.
+        delta_base: with exact deltas: the base that they were made with, for coefficients and for merging into another.
         **parameters: with an algorithm: its own (``density``, ``t`` …), given as ``coeff`` is.
 
     Returns:
@@ -91,8 +95,9 @@ def merge(
     [0.5, 0.5]
     """
     if algorithm is not None:
-        if reverse:
-            raise UsageError("reverse restores a base from an exact delta: no algorithm does")
+        if reverse or delta_base is not None:
+            what = "reverse restores a base from" if reverse else "delta_base decodes"
+            raise UsageError(f"{what} an exact delta: no algorithm does")
         row = find(algorithm)
         own = row.base == "required" if with_base is None else with_base
         return merge_models(
@@ -101,13 +106,20 @@ def merge(
             dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
             name_map=name_map, allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete,
         )  # fmt: skip
-    for source in others:
-        if is_delta(source):
-            _refuse_beside_delta(source, len(others), coeff, parameters, allow_base_mismatch, name_map)
-            return merge_delta(base, source, reverse=reverse)
-    sources = [source for source in others if not isinstance(source, Delta)]
-    if reverse:
-        raise UsageError("the way back is one of an exact delta", mend="take adapters out with unmerge")
+    if any(map(is_delta, others)):
+        return merge_exact(
+            base, others, coeffs=None if coeff is None else spread(coeff, len(others)), delta_base=delta_base,
+            reverse=reverse, allow_nonfinite=allow_nonfinite,
+            unfit={
+                "without an algorithm it takes no parameters": parameters,
+                "its codes mean nothing on another base, so --allow-base-mismatch does not apply": allow_base_mismatch,
+                "it knows its tensors' names, so a name map does not apply": name_map is not None,
+            },
+        )  # fmt: skip
+    sources = [open_lossy(source) if is_lossy(source) else source for source in others if not isinstance(source, Delta)]
+    if reverse or delta_base is not None:
+        what = "the way back" if reverse else "--delta-base"
+        raise UsageError(f"{what} is one of exact deltas", mend="take adapters out with unmerge" if reverse else None)
     if parameters or dtype or with_base is not None:
         given = next(iter(parameters), "dtype" if dtype else "with_base")
         raise UsageError(f"{given} belongs to an algorithm: name one, as algorithm='ties'")
@@ -149,32 +161,6 @@ def merge(
             work=work_of([checkpoint], coeffs, work.prints, sorted((name_map or {}).items()), allow_nonfinite, undo),
         ),
     )
-
-
-def _refuse_beside_delta(
-    delta: str | os.PathLike[str] | Delta, count: int, coeff: Value | None,
-    parameters: Mapping[str, Value], allow_base_mismatch: bool, name_map: object,
-) -> None:  # fmt: skip
-    """Refuse what means nothing for an exact delta.
-
-    Raises:
-        UsageError: something was asked for that does.
-    """
-    what = None
-    if parameters:
-        what = "without an algorithm it takes no parameters"
-    elif coeff is not None and coeff not in (1, [1]):
-        what = "its coefficient is 1: it holds bits, not numbers to scale"
-    elif allow_base_mismatch:
-        what = "its codes mean nothing on another base, so --allow-base-mismatch does not apply"
-    elif name_map is not None:
-        what = "it knows its tensors' names, so a name map does not apply"
-    elif count > 1:
-        what = "it is merged alone"
-    if what is not None:
-        name = delta.label if isinstance(delta, Delta) else os.fspath(delta)
-        mend = "name an algorithm, for which it counts as a model: task_arithmetic, ties …"
-        raise UsageError(f"is an exact delta: {what}", file=name, mend=mend)
 
 
 def spread(coeff: Value, count: int) -> list[float]:
