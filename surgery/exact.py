@@ -100,7 +100,9 @@ def is_delta(source: object) -> TypeGuard[str | os.PathLike[str] | Delta]:
         return True
     if not isinstance(source, str | os.PathLike):
         return False
-    path = local.resolve(source) if is_hub_reference(source) else Path(source).expanduser()
+    path = Path(source).expanduser()
+    if is_hub_reference(source) or path.is_dir():
+        path = local.resolve(source)
     if not (path.is_file() or folders.is_absent(path)) or path.name.endswith(local.PICKLE_SUFFIXES):
         return False
     file = folders.open_file(path)

@@ -267,6 +267,7 @@ def publish(
     restart: bool = False,
     finish: bool = False,
     progress: Progress | None = None,
+    into: Publication | None = None,
 ) -> dict[str, Any]:
     """Plan, write and publish an output: weights, side files, then index and record last, then one rename.
 
@@ -290,6 +291,7 @@ def publish(
         restart: begin anew in any case.
         finish: refuse unless all files are finished already.
         progress: somebody who watches.
+        into: where it goes instead of being renamed to ``out``: a publication that does not stay on this disk.
 
     Returns:
         The record.
@@ -307,9 +309,8 @@ def publish(
     )  # fmt: skip
     extra = lay_out(kept, stem=KEPT, workers=workers) if kept else None
     digest = None if work is None else plan.digest(work)
-    with Publication(
-        out, overwrite=overwrite, inputs=[source.path for source in sources], digest=digest, restart=restart
-    ) as publication:
+    inputs = [source.path for source in sources]
+    with into or Publication(out, overwrite=overwrite, inputs=inputs, digest=digest, restart=restart) as publication:
         if finish:
             _refuse_unfinished(plan, publication)
         sizes = sum(len(data) for data in (files or {}).values()) + (extra.bytes_written if extra else 0)
@@ -317,7 +318,10 @@ def publish(
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )
-        fingerprints = run(plan, tensors, publication, progress)
+        turns = [[number] for number in range(len(plan.files))] if publication.one_at_a_time else [None]
+        fingerprints: dict[str, str] = {}
+        for only in turns:
+            fingerprints |= run(plan, tensors, publication, progress, only=only)
         if extra and kept:
             run(extra, kept, publication, names={extra.files[0].name: KEPT_FILE})
         for name, path in (copies or {}).items():

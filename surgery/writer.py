@@ -48,6 +48,9 @@ def is_one_file(out: str | os.PathLike[str]) -> bool:
 class Publication:
     """One output in the making. Use as a context manager; nothing is published without :meth:`commit`."""
 
+    one_at_a_time = False
+    """Whether a file must be finished before the next is begun, because the disk need not hold them all."""
+
     def __init__(
         self,
         out: str | os.PathLike[str],

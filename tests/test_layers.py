@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tensor", "report"),
     ("names", "roles"),
     ("formats",),
-    ("numerics", "delta"),
+    ("numerics", "delta", "scaling"),
     ("algorithms", "methods"),
     ("merged",),
     ("sources",),
@@ -24,10 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
+TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
-    "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "extract_delta", "merge_delta",
+    "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "remove", "remove_keep", "extract_delta", "merge_delta",
     "delta_report",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}

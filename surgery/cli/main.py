@@ -25,11 +25,13 @@ COMMANDS = {
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
     "add": "Give a model the new parameters of a PEFT method.",
+    "remove": "Take a PEFT method's parameters out of a checkpoint.",
     "methods": "Show what each PEFT method would cost on a model.",
     "plan": "Show what a recipe would do.",
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
+    "push": "Put a model, adapter or delta on the Hugging Face Hub.",
     "verify": "Check a checkpoint, adapter or delta against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminate)
     _interrupts.clear()
+    _give_up_waiting(now=False)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has us ignore it
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -161,8 +164,17 @@ _interrupts: list[int] = []
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupts.append(number)
+    _give_up_waiting(now=True)
     signal.default_int_handler(number, frame)
 
 
+def _give_up_waiting(*, now: bool) -> None:
+    """Tell threads that wait for the Hub, if there can be any: without the Hub its room is never imported."""
+    room = sys.modules.get("surgery.sources.remote")
+    if room is not None:
+        room.give_up(now=now)
+
+
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    _give_up_waiting(now=True)
     sys.exit(TERMINATED)  # unwinds, so that the staging folder is cleared away

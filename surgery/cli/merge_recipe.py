@@ -19,6 +19,8 @@ from surgery.formats.tokenizer import FILE_STARTS
 @click.option("-o", "--output", "out", type=click.Path(), help="A folder; one file where it ends in .safetensors.")
 @options.overwrite
 @options.dry_run
+@options.push_to
+@options.stream
 @options.restart
 @click.option("--compat", type=click.Choice(COMPAT), default="mergekit", show_default=True,
               help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
@@ -61,6 +63,8 @@ def command(
 
 def _target(*given: str | None) -> str:
     named = [path for path in given if path is not None]
+    if click.get_current_context().meta.get("surgery.stream"):
+        named.append("")  # it goes to the Hub as it is made
     if len(named) != 1:
         raise UsageError("the output is named twice" if named else "no output is named", mend="say -o FOLDER once")
     return named[0]

@@ -21,7 +21,7 @@ class New:
     shape: tuple[int, ...]
     start: Start
     frozen: bool = False
-    """Only carried along: not trained, and not counted."""
+    """Only carried along, or a second name of another: not trained by itself, and not counted."""
 
     @property
     def numel(self) -> int:

@@ -19,6 +19,8 @@ from surgery.methods.starts import ONES, ZEROS, Normal, Start, kaiming_uniform
 from surgery.names import module_of
 from surgery.roles import layer_of
 
+_HOW_TO_LOAD = "load it by model.load_adapter(FOLDER, use_safetensors=True): AdapterHub looks for a pickle otherwise"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -110,7 +112,8 @@ def _bottlenecks(shape: Shape, model: Model, target: Sequence[str], settings: Ma
         if number not in left_out:
             for place in _places(model, block, shape.attention):
                 new += _bottleneck(f"{place}.adapters.{settings['name']}", width, size, shape)
-    return Addition(tuple(new), "adapterhub", _config(shape, model, size, left_out, settings["name"]))
+    config = _config(shape, model, size, left_out, settings["name"])
+    return Addition(tuple(new), "adapterhub", config, notes=(_HOW_TO_LOAD,))
 
 
 def _places(model: Model, block: str, attention: bool) -> list[str]:
@@ -131,8 +134,10 @@ def _bottleneck(key: str, width: int, size: int, shape: Shape) -> list[New]:
         New(f"{key}.adapter_up.bias", (width,), ZEROS),
     ]
     if shape.norm:
-        norm = f"{key}.adapter_down.0"
-        new += [New(f"{norm}.weight", (width,), ONES), New(f"{norm}.bias", (width,), ZEROS)]
+        # One norm, which adapters holds under two names, and looks for under both.
+        for norm, second in (("adapter_norm_before", False), ("adapter_down.0", True)):
+            new.append(New(f"{key}.{norm}.weight", (width,), ONES, frozen=second))
+            new.append(New(f"{key}.{norm}.bias", (width,), ZEROS, frozen=second))
     return new
 
 

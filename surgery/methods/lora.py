@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.errors import MismatchError, UsageError
 from surgery.formats import peft
+from surgery.methods import experts
 from surgery.methods.addition import Addition, New
 from surgery.methods.model import Model
 from surgery.methods.starts import ZEROS, Normal, Norms, kaiming_uniform
@@ -17,7 +18,8 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
     ``r (in + out)`` parameters a weight. A is Kaiming-uniform and B zero, so that ``ΔW = 0``. DoRA adds the magnitude
     ``m (out,)``, the norms of W's rows: ``W' = m / ‖W + ΔW‖ ∘ (W + ΔW)``. Embeddings: ``A (r, rows)`` starts at zero
-    and B is normal, as PEFT has it. Convolutions: ``A (r, in, k…)``, ``B (out, r, 1…)``.
+    and B is normal, as PEFT has it. Convolutions: ``A (r, in, k…)``, ``B (out, r, 1…)``. Fused experts: ``A (E·r, in)``,
+    ``B (out, r·E)``, a pair of factors an expert.
 
     Args:
         model: the model's header.
@@ -26,7 +28,7 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
     Raises:
         MismatchError: a 1-D target, or a rank larger than the matrix.
-        UnsupportedError: experts.
+        UnsupportedError: a bare parameter that is not of experts.
 
     >>> from surgery.tensor import TensorSpec
     >>> names = ["h.0.q_proj.weight", "h.0.v_proj.weight"]
@@ -43,16 +45,21 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
     rank, dora = settings["r"], settings["dora"]
     if rank < 1:
         raise UsageError(f"r must be at least 1, not {rank}")
+    fused = experts.fused(model, chosen)
+    if dora and fused:
+        raise MismatchError("is of experts: DoRA is for linear weights", tensor=fused[0], mend="leave it out")
+    notes = (*notes, *experts.check_single(model, chosen))
     new: list[New] = []
     for name in chosen:
-        new += _factors(model, name, rank, dora)
+        new += experts.factors(model, name, rank, fused) if name in fused else _factors(model, name, rank, dora)
     heads, head = model.task_head(peft.PREFIX)
     _refuse_heads(chosen, model, heads)
-    modules = [model.module(name) for name in chosen]
-    transposed = [name in model.transposed for name in chosen]
+    matrices = [name for name in chosen if name not in fused]
+    modules = [model.module(name) for name in matrices]
     config = peft.lora_config(
         r=rank, targets=peft.target_modules(modules, model.modules), ranks={}, base_name=None, task=model.task,
-        modules_to_save=heads, fan_in_fan_out=all(transposed), dora=dora,
+        parameters=[model.name(name) for name in fused], modules_to_save=heads,
+        fan_in_fan_out=bool(matrices) and all(name in model.transposed for name in matrices), dora=dora,
     )  # fmt: skip
     config |= {
         "lora_alpha": rank if settings["alpha"] is None else settings["alpha"],
@@ -62,7 +69,7 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
 
 def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
-    model.check_adaptable(name)
+    model.check_adaptable(name, experts=True)
     shape, key = model.specs[name].shape, f"{peft.PREFIX}{model.module(name)}"
     model.name(name)
     if len(shape) < 2:

@@ -16,11 +16,13 @@ from typing import Any
 from surgery import execute, provenance
 from surgery.adapter import Adapter
 from surgery.errors import MismatchError
+from surgery.formats import model_card as card_file
+from surgery.operations.card import Subject, model_card
 from surgery.operations.extraction_choice import Choice
 from surgery.operations.extraction_layout import Layout, kept_in_full
 from surgery.operations.extraction_measure import Found, Measurement, in_parallel, largest_first
 from surgery.operations.extraction_plan import Extraction
-from surgery.operations.extraction_report import ExtractionReport, card
+from surgery.operations.extraction_report import ExtractionReport
 from surgery.report import join_shown
 from surgery.sources.local import pinned
 from surgery.sources.remote import expect
@@ -75,7 +77,11 @@ def compose(measured: Measurement) -> Adapter:
         document,
         label=f"{plan.tuned_label}-lora-{plan.rule.slug}",
         stored=[*plan.base.stored, *plan.tuned_stored],
-        files={"README.md": card(report, document, plan.base.label, plan.tuned_label)},
+        files={
+            card_file.FILE: card_file.compose(
+                model_card(Subject("adapter", _record(plan, {}, report, prints), document))
+            )
+        },
         record=lambda outputs: _record(plan, outputs, report, prints),
         taken_from={name: before for name, (before, _) in prints.items()},
         report=report,

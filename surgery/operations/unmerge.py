@@ -214,7 +214,7 @@ class _Work:
         if isinstance(update, LowRank | ExpertsLowRank | Dense):
             return update  # bound with the negated coefficient already
         raise MismatchError(
-            "DoRA cannot be subtracted: its norms are the base's", file=self.adapter.label, tensor=name,
+            "what scales weights (DoRA, IA³) cannot be subtracted", file=self.adapter.label, tensor=name,
             mend="pass --base BASE",
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from surgery.checkpoint import Source, default_jobs
 from surgery.errors import FormatError, UsageError, VerificationError
 from surgery.exact import Delta, is_delta, open_delta, read_block
 from surgery.execute import Progress, Silent
-from surgery.formats import peft
+from surgery.formats import peft, peft_scalings
 from surgery.formats.delta_manifest import Coded
 from surgery.history import read_record
 from surgery.operations.verify_serving import Serving, verify_serving
@@ -161,10 +161,17 @@ def _size(tensors: dict[str, LazyTensor]) -> int:
     return sum(tensor.spec.nbytes for tensor in tensors.values())
 
 
+METHODS_OF_PEFT = (*peft_scalings.KINDS, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "AdapterHub's")
+"""Kinds that ``surgery add`` writes beside LoRA, whose tensors are held against the record alone."""
+
+
 def _check_adapter(folder: Path, stored: local.StoredWeights) -> str:
     document = local.read_config(folder, peft.CONFIG)
     if document is None:
         raise FormatError(f"has no {peft.CONFIG}", file=folder)
+    kind = document.get("peft_type", "AdapterHub's" if "config" in document else None)
+    if kind in METHODS_OF_PEFT:
+        return f"{kind}, {len(stored.tensors)} tensors"
     config = peft.parse_config(document)
     parts = peft.collect(stored.tensors)
     for module, roles in parts.low_rank.items():

@@ -121,7 +121,7 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
     if references.is_hub_reference(text):
         from surgery.sources import hub
 
-        return hub.locate(references.parse_reference(text))
+        return _or_its_delta(hub.locate(references.parse_reference(text)))
     scheme = re.match(r"([a-z0-9]+)://", text)
     if scheme:
         raise UsageError(f"{scheme[1]}:// references are not read", file=text, mend="download it and pass the folder")
@@ -130,9 +130,22 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
         hint = f"on the Hub it is hf://{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else None
         raise UsageError("no such file or folder", file=text, mend=hint)
     if path.is_dir():
-        return Path(os.path.realpath(path))
+        return _or_its_delta(Path(os.path.realpath(path)))
     # A file keeps the name it was called by: in a Hugging Face cache it is a link to a blob, whose name says nothing.
     return Path(os.path.realpath(path.parent)) / path.name
+
+
+DELTA_SUFFIX = ".delta"
+
+
+def _or_its_delta(path: Path) -> Path:
+    """Return the exact delta that a folder holds in place of weights, as a repository of one does; else ``path``."""
+    if not folders.is_folder(path):
+        return path
+    names = [name for name, is_folder in folders.members(path) if not is_folder]
+    deltas = [name for name in names if name.endswith(DELTA_SUFFIX)]
+    weights = any(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
+    return path / deltas[0] if len(deltas) == 1 and not weights else path
 
 
 def stem_of(source: str | os.PathLike[str]) -> str:

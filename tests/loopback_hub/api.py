@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
+
 from tests.loopback_hub.lfs import Store
 from tests.loopback_hub.repos import Commit, Conflict, File, Repo, is_large
 from tests.loopback_hub.wire import Reply, Request, of_json, refusal
@@ -149,6 +151,7 @@ class Api:
                 "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
                 "downloads": 0, "likes": 0, "tags": [], "lastModified": _DATE, "createdAt": _DATE,
                 "siblings": [_sibling(path, file, described) for path, file in commit.files.items()], "spaces": [],
+                "cardData": _card(commit),
             }
         )  # fmt: skip
 
@@ -346,3 +349,10 @@ def _entry(path: str, file: File) -> dict[str, Any]:
     if file.xet_hash is not None:
         entry["xetHash"] = file.xet_hash
     return entry
+
+
+def _card(commit: Commit) -> dict[str, object] | None:
+    """Read the metadata of the card, as the Hub's model information has it."""
+    card = commit.files.get("README.md")
+    found = re.match(r"---\n(.*?)^---", (card.content or b"").decode(), re.DOTALL | re.MULTILINE) if card else None
+    return yaml.safe_load(found[1]) if found else None
