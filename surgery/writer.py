@@ -245,13 +245,23 @@ class Publication:
             raise self._failure(error) from None
         return OutputFile(path, size, self._shown)
 
-    def finish(self, name: str, file: OutputFile, fingerprints: Mapping[str, str]) -> None:
-        """Enter a file into the journal, if there is one, once all of it is written."""
+    def finish(
+        self, name: str, file: OutputFile, fingerprints: Mapping[str, str], notes: Iterable[bytes] | None = None
+    ) -> None:
+        """Enter a file into the journal, if there is one, once all of it is written, with what was noted on the way."""
         if self._journal is None:
             return
         try:
             file.sync()
-            self._journal.finish(name, file.size, fingerprints)
+            self._journal.finish(name, file.size, fingerprints, notes)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def notes(self, name: str) -> bytes:
+        """Return what an earlier run noted while it made a file that is finished."""
+        assert self._journal is not None  # nothing is finished without one
+        try:
+            return self._journal.notes(name)
         except OSError as error:
             raise self._failure(error) from None
 
@@ -408,6 +418,14 @@ class OutputFile:
         except OSError as error:
             raise _write_error(error, self._shown) from None
 
+    def start_writing(self, offset: int, length: int) -> None:
+        """Have the system begin to bring a part to disk, so that the sync in the end finds little left to do.
+
+        A hint: where the system does not know it, nothing happens.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(self._descriptor, offset, length, _START_WRITING)
+
     def sync(self) -> None:
         """Make what was written durable now, not only at commit."""
         os.fsync(self._descriptor)
@@ -430,6 +448,21 @@ class OutputFile:
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):  # not Linux
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = function
+    return found
+
+
+_sync_file_range = _find_sync_file_range()
+_START_WRITING = 2
+"""``SYNC_FILE_RANGE_WRITE``: begin, and wait for nothing."""
 
 
 class Lock:

@@ -307,7 +307,7 @@ def test_biases_that_are_not_there_can_be_created(folder):
 REFUSED = [
     ("llama", "lora", {"target": "role:wobble"}, MismatchError, r"role:wobble.* matches no tensor"),
     ("llama", "lora", {"target": "q_prj"}, MismatchError, r"did you mean q_proj"),
-    ("llama", "lora", {"r": 17}, MismatchError, r"rank 17 is larger than the matrix, 16×16"),
+    ("llama", "lora", {"r": 17}, MismatchError, r"rank 17 is larger than the matrix, 16×16; -p r=8 at most"),
     ("llama", "lora", {"target": "role:norm"}, MismatchError, r"is 1-D: LoRA factors matrices"),
     ("llama", "bitfit", {}, MismatchError, r"no biases to train; -p create=true"),
     ("llama", "lora", {"r": 0}, UsageError, r"r must be at least 1"),

@@ -89,7 +89,7 @@ class Rank(click.ParamType[int | str]):
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For random starts.")
 @options.rename
-@options.jobs
+@options.resources
 @options.overwrite
 @options.dry_run
 @options.push_to

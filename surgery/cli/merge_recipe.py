@@ -25,6 +25,7 @@ from surgery.formats.tokenizer import FILE_STARTS
 @click.option("--compat", type=click.Choice(COMPAT), default="mergekit", show_default=True,
               help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
 @click.option("--seed", type=int, help="For algorithms that draw random numbers; 0 by default.")
+@options.allow_base_mismatch
 @options.allow_nonfinite
 @options.sharding
 @options.resources
@@ -34,7 +35,7 @@ from surgery.formats.tokenizer import FILE_STARTS
 @mergekit_flags.accept
 def command(
     recipe: str, folder: str | None, out: str | None, overwrite: bool, dry_run: bool, restart: bool, compat: str, seed: int | None,
-    allow_nonfinite: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
+    allow_base_mismatch: bool, allow_nonfinite: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
     quiet: bool, progress: str, **flags: Any,
 ) -> None:  # fmt: skip
     """Merge as RECIPE, a YAML file in mergekit's language, says; write to FOLDER or -o.
@@ -52,7 +53,9 @@ def command(
     from surgery.operations.recipe import merge_recipe  # brings torch, which --help must not pay for
 
     chosen = next((number for number in (seed, flags["random_seed"]) if number is not None), 0)
-    merged = merge_recipe(recipe, compat=compat, seed=chosen, allow_nonfinite=allow_nonfinite)
+    merged = merge_recipe(
+        recipe, compat=compat, seed=chosen, allow_base_mismatch=allow_base_mismatch, allow_nonfinite=allow_nonfinite
+    )
     if not flags["copy_tokenizer"]:
         merged.side_files = {name: path for name, path in merged.side_files.items() if not name.startswith(FILE_STARTS)}
     merged.notes += notes

@@ -130,6 +130,9 @@ resources = _stack(jobs, max_memory)
 
 sharding = click.option("--max-shard-size", type=Size(), help="As 5GB; the input's own files are kept by default.")
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Let NaN, Inf and overflow through.")
+allow_base_mismatch = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Merge although an adapter was taken from another base, or is in there."
+)
 name_map = click.option("--name-map", type=NameMap(), metavar="FILE",
                         help="JSON: names in the adapter → names in the checkpoint.")  # fmt: skip
 rename = click.option("--rename", multiple=True, metavar="OLD=NEW",

@@ -37,19 +37,10 @@ def factors(model: Model, name: str, rank: int, adapted: Collection[str]) -> lis
         name: the parameter ``(E, out, in)``, or ``(E, in, out)`` in models that have it so.
         rank: of each expert.
         adapted: all fused parameters that are adapted. Of two in one module PEFT wraps the first innermost.
-
-    Raises:
-        MismatchError: a rank larger than an expert's matrix.
     """
     count, out, into = model.specs[name].shape
     if peft.experts_transposed(model.config):
         out, into = into, out
-    if rank > min(out, into):
-        raise MismatchError(
-            f"rank {rank} is larger than an expert's matrix, {out}×{into}",
-            tensor=name,
-            mend=f"-p r={min(out, into)} at most",
-        )
     home = name.rpartition(".")[0]
     beside = sorted((one for one in adapted if one.rpartition(".")[0] == home), key=peft.parameter_order)
     wrappers = ".base_layer" * (len(beside) - 1 - beside.index(name))

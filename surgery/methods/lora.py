@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
     new: list[New] = []
     for name in chosen:
         new += experts.factors(model, name, rank, fused) if name in fused else _factors(model, name, rank, dora)
+    _check_rank(model, chosen, fused, rank)
     heads, head = model.task_head(peft.PREFIX)
     _refuse_heads(chosen, model, heads)
     matrices = [name for name in chosen if name not in fused]
@@ -75,7 +77,6 @@ def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
     if len(shape) < 2:
         raise MismatchError(f"is {len(shape)}-D: LoRA factors matrices", tensor=name, mend="choose 2-D weights")
     if model.roles[name] == "embedding":
-        _check_rank(name, rank, shape[0], shape[1])
         if dora:
             raise MismatchError("is an embedding: DoRA is for linear weights", tensor=name, mend="leave it out")
         return [
@@ -85,7 +86,6 @@ def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
     if len(shape) > 2:
         return _convolution(name, shape, key, rank, dora)
     out, into = model.sides(name)
-    _check_rank(name, rank, out, into)
     new = [
         New(f"{key}.lora_A.weight", (rank, into), kaiming_uniform(into)),
         New(f"{key}.lora_B.weight", (out, rank), ZEROS),
@@ -100,21 +100,25 @@ def _convolution(name: str, shape: tuple[int, ...], key: str, rank: int, dora: b
     if dora or (into == 1 and out > 1):
         what = "DoRA is for linear weights" if dora else "a depthwise convolution has no low rank"
         raise MismatchError(f"is a convolution: {what}", tensor=name, mend="leave it out")
-    fan_in = into
-    for size in kernel:
-        fan_in *= size
-    _check_rank(name, rank, out, fan_in)
+    fan_in = math.prod((into, *kernel))
     return [
         New(f"{key}.lora_A.weight", (rank, into, *kernel), kaiming_uniform(fan_in)),
         New(f"{key}.lora_B.weight", (out, rank, *(1 for _ in kernel)), ZEROS),
     ]
 
 
-def _check_rank(name: str, rank: int, out: int, into: int) -> None:
-    if rank > min(out, into):
-        raise MismatchError(
-            f"rank {rank} is larger than the matrix, {out}×{into}", tensor=name, mend=f"-p r={min(out, into)} at most"
-        )
+def _check_rank(model: Model, chosen: Sequence[str], fused: Sequence[str], rank: int) -> None:
+    """Refuse a rank that is larger than a chosen matrix, and say which one fits all of them."""
+    sides = {}
+    for name in chosen:
+        shape = model.specs[name].shape
+        sides[name] = shape[1:] if name in fused else (shape[0], math.prod(shape[1:]))
+    most = min(map(min, sides.values()), default=rank)
+    for name, (rows, columns) in sides.items():
+        if rank > min(rows, columns):
+            raise MismatchError(
+                f"rank {rank} is larger than the matrix, {rows}×{columns}", tensor=name, mend=f"-p r={most} at most"
+            )
 
 
 def _refuse_heads(chosen: Sequence[str], model: Model, heads: Sequence[str]) -> None:

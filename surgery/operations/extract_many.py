@@ -127,7 +127,7 @@ def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
     expect(plan.tuned[name] for plan in plans for name in plan.names)
     progress.start(sum(base.tensors[name].spec.nbytes for name in wanted) + sum(p.tuned_bytes for p in plans))
     try:
-        in_parallel(largest_first(base, wanted), work, plans[0].settings.jobs)
+        in_parallel(largest_first(base, wanted), work, min(plan.settings.jobs for plan in plans))
     finally:
         progress.finish()
 

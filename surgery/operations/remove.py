@@ -13,7 +13,7 @@ from surgery.formats.wrapped import Parted, part
 from surgery.names import parse_patterns, select
 from surgery.report import Table
 from surgery.roles import roles_of
-from surgery.sources import local
+from surgery.sources import folders, local
 from surgery.tensor import renamed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Removed(Checkpoint):
             side_files=whole.side_files,
             notes=whole.notes,
             origin=Origin(
-                _recorder(whole.label, parted),
+                _recorder(whole, parted),
                 counts={"copied": len(parted.base), "taken out": len(parted.taken) + len(parted.copies)},
                 tables=(_table(whole, parted),),
             ),
@@ -129,7 +129,7 @@ def beside(checkpoint: Checkpoint) -> dict[str, Any] | None:
     folder = checkpoint.stored[0].path if checkpoint.stored else None
     if folder is None:
         return None
-    return local.read_config(folder if folder.is_dir() else folder.parent, peft.CONFIG)
+    return local.read_config(folder if folders.is_folder(folder) else folder.parent, peft.CONFIG)
 
 
 def _refuse_unequal_copies(checkpoint: Checkpoint, parted: Parted) -> None:
@@ -163,12 +163,12 @@ def _table(checkpoint: Checkpoint, parted: Parted) -> Table:
     return Table("Taken out", ("method", "adapter", "tensors", "elements"), rows)
 
 
-def _recorder(label: str, parted: Parted) -> Any:
+def _recorder(whole: Checkpoint, parted: Parted) -> Any:
     def record(fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
             "remove",
             parameters={"taken_out": sorted([*parted.taken, *parted.copies])},
-            inputs=[{"role": "source", "name": label}],
+            inputs=[{"role": "source", "name": whole.label, **whole.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )
 
