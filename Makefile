@@ -5,18 +5,20 @@
 #   make check                          format, lint, types
 #   make bench                          timings against named peers
 #   make bench-extract, bench-merge     the same against mergekit, which gets an environment of its own
+#   make test-hub                       read the Hub through olah, which gets an environment of its own, and compare
 #   make oracle                         ask mergekit again, in an environment of its own, and compare
 #   make adapterhub                     bottlenecks that surgery writes, with AdapterHub's own loader as judge
 #   make eval-methods                   train what surgery add writes, about 20 minutes: docs/eval-methods.md
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
+# MERGEKIT=PYTHON uses an environment with mergekit 0.1.5 that is there already.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format oracle bench bench-extract bench-merge bench-deltas adapterhub eval-methods clean
+.PHONY: demo test test-hub check format oracle bench bench-extract bench-merge bench-deltas adapterhub eval-methods clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: constraints.txt
@@ -41,6 +43,15 @@ demo: $(VENV)/test
 test: $(VENV)/test
 	$(BIN)/python -m pytest
 
+# olah is somebody else's server of the Hub's protocol, for reading.
+$(VENV)/olah:
+	@$(PYTHON) -m venv $(VENV)-olah
+	@$(VENV)-olah/bin/python -m pip --disable-pip-version-check install --quiet olah==0.5.4
+	@mkdir -p $(VENV) && touch $@
+
+test-hub: $(VENV)/test $(VENV)/olah
+	$(BIN)/python -m fixtures.hub_peer --olah $(VENV)-olah/bin/olah-cli
+
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,6 +61,13 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+ifdef MERGEKIT
+WITH_MERGEKIT :=
+else
+MERGEKIT := $(VENV)-mergekit/bin/python
+WITH_MERGEKIT := $(VENV)/mergekit
+endif
+
 # mergekit is LGPL: it gets an environment of its own, and is run, never imported.
 $(VENV)/mergekit: constraints.txt
 	@$(PYTHON) -m venv $(VENV)-mergekit
@@ -57,10 +75,10 @@ $(VENV)/mergekit: constraints.txt
 	@$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet mergekit==0.1.5
 	@touch $@
 
-oracle: $(VENV)/test $(VENV)/mergekit
-	$(VENV)-mergekit/bin/python -W ignore -m fixtures.mergekit_goldens $(VENV)-mergekit/goldens.safetensors
-	MERGEKIT_GOLDENS=$(VENV)-mergekit/goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
-	$(BIN)/python -m fixtures.recipe_oracle --mergekit $(VENV)-mergekit/bin/python
+oracle: $(VENV)/test $(WITH_MERGEKIT)
+	$(MERGEKIT) -W ignore -m fixtures.mergekit_goldens $(VENV)/mergekit-goldens.safetensors
+	MERGEKIT_GOLDENS=$(VENV)/mergekit-goldens.safetensors $(BIN)/python -m pytest tests/test_mergekit_oracle.py
+	$(BIN)/python -m fixtures.recipe_oracle --mergekit $(MERGEKIT)
 
 # AdapterHub's adapters pins a transformers of its own. It gets an environment of its own, where surgery is run, never imported.
 ADAPTERHUB := $(VENV)-adapterhub
@@ -86,14 +104,14 @@ eval-methods: $(VENV)/test $(VENV)/adapterhub $(REVIEWS)
 bench: $(VENV)/test
 	@$(BIN)/python -m bench.merge
 
-bench-extract: $(VENV)/test $(VENV)/mergekit
-	@$(BIN)/python -m bench.extract --mergekit $(VENV)-mergekit/bin/python
+bench-extract: $(VENV)/test $(WITH_MERGEKIT)
+	@$(BIN)/python -m bench.extract --mergekit $(MERGEKIT)
 
-bench-merge: $(VENV)/test $(VENV)/mergekit
-	@$(BIN)/python -m bench.models --mergekit $(VENV)-mergekit/bin/python
+bench-merge: $(VENV)/test $(WITH_MERGEKIT)
+	@$(BIN)/python -m bench.models --mergekit $(MERGEKIT)
 
 bench-deltas: $(VENV)/test
 	@$(BIN)/python -m bench.deltas
 
 clean:
-	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-adapterhub .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-mergekit $(VENV)-adapterhub $(VENV)-olah .pytest_cache .mypy_cache .ruff_cache dist build *.egg-info

@@ -1,9 +1,11 @@
 """``make bench-merge``: whole models merged by surgery and by mergekit 0.1.5, from the same recipes, beside ``cp``.
 
 python -m bench.models [--size 0.5B|1.5B] [--turns 3] [--only ties linear] [--mergekit .venv-mergekit/bin/python]
+                       [--models FOLDER]
 
-Generated Qwen2.5 shapes in bfloat16: a base and two fine-tunes. mergekit runs once an algorithm; surgery and the floors in
-turns. "work" is the wall time without that of importing torch.
+Generated Qwen2.5 shapes in bfloat16: a base and two fine-tunes. An algorithm at a time, surgery and the floors run in
+turns, and mergekit once between them. "work" is the wall time without that of importing torch. surgery syncs what it
+wrote before it publishes it; cp and mergekit leave that to the system, so there is a floor of cp with a sync too.
 """
 
 from __future__ import annotations
@@ -50,53 +52,56 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--mergekit", type=Path, help="the python of an environment with mergekit 0.1.5")
+    parser.add_argument("--models", type=Path, help="generate the models here, and keep them for the next time")
     options = parser.parse_args()
     shape = generate.SIZES[options.size]
     with tempfile.TemporaryDirectory(prefix="surgery-bench-") as name:
-        folder = Path(name)
+        folder = options.models or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         needed = 7 * 2 * shape.parameters
         if shutil.disk_usage(folder).free < needed:
             sys.exit(f"{needed / 1e9:.0f} GB of free disk are needed in {folder.parent}; set TMPDIR")
         for out, more in (("base", []), ("a", ["--tune"]), ("b", ["--tune", "--tune-seed", "3"])):
-            made = [sys.executable, "-m", "fixtures.generate", str(folder / out), "--size", options.size, *more]
-            subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
+            if not (folder / out).exists():
+                made = [sys.executable, "-m", "fixtures.generate", str(folder / out), "--size", options.size, *more]
+                subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
+        print(f"{options.size}: {2 * shape.parameters / 1e9:.2f} GB a model in bfloat16\n")
+        print(
+            "| | wall (min…max) | CPU | peak RSS | cp | cp, sync | import torch | work ÷ cp | work ÷ cp, sync |", end=""
+        )
+        print(" mergekit 0.1.5 | CPU | peak RSS | mergekit ÷ surgery | in CPU |")
+        print("|---|" + "---:|" * 13, flush=True)
         for method in options.only:
             (folder / f"{method}.yml").write_text(recipe(method))
-        print(f"{options.size}: {2 * shape.parameters / 1e9:.2f} GB a model in bfloat16\n")
-        _compare(folder, options.only, options.turns, options.mergekit)
+            _compare(folder, method, options.turns, options.mergekit)
+        fresh(folder / "out")
 
 
-def _compare(folder: Path, methods: Sequence[str], turns: int, mergekit: Path | None) -> None:
+def _compare(folder: Path, method: str, turns: int, mergekit: Path | None) -> None:
     def after(*command: str) -> Run:
         fresh(folder / "out")
         return timed(command, folder)
 
-    def surgery(method: str) -> Run:
-        return after(sys.executable, "-m", "surgery", "merge", f"{method}.yml", "-o", "out", "-q")
-
-    contenders = {
-        "cp": lambda: after("cp", "-r", "base", "out"),
-        "import torch": lambda: timed([sys.executable, "-c", "import torch"], folder),
-        **{method: lambda method=method: surgery(method) for method in methods},
-    }
-    found = in_turns(contenders, turns)
-    copy, torch = (statistics.median(run.wall for run in found[name]) for name in ("cp", "import torch"))
-    print(
-        "| | surgery, wall (min…max) | CPU | peak RSS | work ÷ cp | mergekit 0.1.5 | CPU | peak RSS | mergekit ÷ surgery |"
+    found = in_turns(
+        {
+            "cp": lambda: after("cp", "-r", "base", "out"),
+            "cp, sync": lambda: after("sh", "-c", "cp -r base out && sync -f out"),
+            "import torch": lambda: timed([sys.executable, "-c", "import torch"], folder),
+            method: lambda: after(sys.executable, "-m", "surgery", "merge", f"{method}.yml", "-o", "out", "-q"),
+        },
+        turns,
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    for name, runs in found.items():
-        walls = sorted(run.wall for run in runs)
-        middle, cpu = statistics.median(walls), statistics.median(run.cpu for run in runs)
-        cells = [name, f"{middle:.2f} s ({walls[0]:.2f}…{walls[-1]:.2f})", f"{cpu:.1f} s", _peak(runs)]
-        if name not in methods:
-            cells += [f"{middle / copy:.1f}", *[""] * 4]
-        else:
-            cells.append(f"{(middle - torch) / copy:.1f}")
-            theirs = _mergekit(folder, name, mergekit) if mergekit else None
-            peer = [f"{theirs.wall:.1f} s", f"{theirs.cpu:.1f} s", _peak([theirs])] if theirs else [""] * 3
-            cells += [*peer, f"{theirs.wall / middle:.1f}" if theirs else ""]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    walls = {name: sorted(run.wall for run in runs) for name, runs in found.items()}
+    copy, durable, torch, ours = (statistics.median(each) for each in walls.values())
+    cpu = statistics.median(run.cpu for run in found[method])
+    cells = [method, f"{ours:.2f} s ({walls[method][0]:.2f}…{walls[method][-1]:.2f})", f"{cpu:.1f} s"]
+    cells += [_peak(found[method]), f"{copy:.2f} s", f"{durable:.2f} s", f"{torch:.2f} s"]
+    cells += [f"{(ours - torch) / copy:.1f}", f"{(ours - torch) / durable:.1f}"]
+    if mergekit:
+        theirs = _mergekit(folder, method, mergekit)
+        cells += [f"{theirs.wall:.1f} s", f"{theirs.cpu:.1f} s", _peak([theirs])]
+        cells += [f"{theirs.wall / ours:.1f}", f"{theirs.cpu / cpu:.1f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _mergekit(folder: Path, method: str, python: Path) -> Run:

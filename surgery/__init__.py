@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from surgery.operations.extract_lora import extract_lora
     from surgery.operations.info import info
     from surgery.operations.merge import merge
+    from surgery.operations.push import push
     from surgery.operations.recipe import merge_recipe
+    from surgery.operations.remove import remove
     from surgery.operations.spectrum import spectrum
     from surgery.operations.unmerge import unmerge
     from surgery.operations.verify import verify
@@ -50,6 +52,8 @@ __all__ = [
     "merge",
     "merge_recipe",
     "open",
+    "push",
+    "remove",
     "spectrum",
     "unmerge",
     "verify",
@@ -69,6 +73,8 @@ _HOMES = {
     "merge": ("surgery.operations.merge", "merge"),
     "merge_recipe": ("surgery.operations.recipe", "merge_recipe"),
     "open": ("surgery.checkpoint", "open_checkpoint"),
+    "push": ("surgery.operations.push", "push"),
+    "remove": ("surgery.operations.remove", "remove"),
     "spectrum": ("surgery.operations.spectrum", "spectrum"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),
     "verify": ("surgery.operations.verify", "verify"),

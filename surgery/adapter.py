@@ -17,11 +17,13 @@ from surgery import execute, numerics, provenance
 from surgery.checkpoint import Checkpoint, default_jobs, refuse_quantised, tied_weights
 from surgery.delta import Dense, ExpertsLowRank, LowRank, Magnitude, Replacement, Rows, Update
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError, VerificationError
-from surgery.formats import peft
+from surgery.formats import peft, peft_scalings
 from surgery.history import read_record
 from surgery.names import align, module_of
 from surgery.roles import role_of, transposed_weights
-from surgery.sources import local, module_names
+from surgery.scaling import Scaled
+from surgery.sources import folders, local, module_names
+from surgery.sources.references import is_hub_reference
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, read_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Adapter:
-    """A PEFT LoRA adapter.
+    """A PEFT adapter: LoRA, IA³ or LayerNorm tuning.
 
     Args:
         tensors: by PEFT key.
@@ -112,11 +114,16 @@ class Adapter:
             progress=progress,
         )
 
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What a record says of where it was, beside its name; see :func:`surgery.sources.local.pinned`."""
+        return local.pinned(self.stored) if self._record is None else {}
+
     def _plain_record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
             "save",
             parameters={},
-            inputs=[{"role": "adapter", "name": self.label}],
+            inputs=[{"role": "adapter", "name": self.label, **self.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
             base=self.taken_from,
         )
@@ -143,9 +150,9 @@ def is_adapter(source: object) -> bool:
         return True
     if not isinstance(source, (str, os.PathLike)):
         return False
-    path = Path(source).expanduser()
-    if path.is_dir():
-        names = os.listdir(path)
+    path = local.resolve(source) if is_hub_reference(source) else Path(source).expanduser()
+    if folders.is_folder(path):
+        names = [name for name, _ in folders.members(path)]
         return peft.CONFIG in names or (any(n.startswith(peft.STEM) for n in names) and "config.json" not in names)
     return path.name.startswith(peft.STEM) or path.name == peft.CONFIG
 
@@ -158,17 +165,19 @@ def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
 
     Raises:
         FormatError: a file is missing or malformed.
-        UnsupportedError: not LoRA.
+        UnsupportedError: of another method.
     """
     if isinstance(source, Adapter):
         return source
     path = local.resolve(source)
-    folder = path if path.is_dir() else path.parent
+    folder = path if folders.is_folder(path) else path.parent
     document = local.read_config(folder, peft.CONFIG)
     if document is None:
         raise FormatError(f"has no {peft.CONFIG}, so the adapter's scale is not known", file=folder)
     try:
-        peft.parse_config(document)
+        peft_scalings.check(document) if document.get("peft_type") in peft_scalings.KINDS else peft.parse_config(
+            document
+        )
     except SurgeryError as error:
         raise error.at(file=folder / peft.CONFIG) from None
     stored = local.open_weights(folder, adapter=True)
@@ -229,6 +238,8 @@ def bind(
         MismatchError: a tensor finds no weight, or one of another shape; or modules are missing.
         UnsupportedError: a combination that cannot be merged.
     """
+    if adapter.document.get("peft_type") in peft_scalings.KINDS:
+        return _bind_scalings(adapter, base, coeff, name_map or {}, allow_incomplete=allow_incomplete)
     config = peft.parse_config(adapter.document)
     try:
         parts = peft.collect(adapter.tensors)
@@ -274,6 +285,49 @@ def bind(
     if not allow_incomplete:
         _refuse_incomplete(adapter, base, {found[weights[module]] for module in parts.low_rank})
     return binding
+
+
+def _bind_scalings(
+    adapter: Adapter, base: Checkpoint, coeff: float, name_map: Mapping[str, str], *, allow_incomplete: bool
+) -> Binding:
+    """Bind IA³'s vectors to weights and biases, and the copies of LayerNorm tuning to norms."""
+    try:
+        found = peft_scalings.collect(adapter.tensors, adapter.document["peft_type"])
+    except SurgeryError as error:
+        raise error.at(file=adapter.label) from None
+    wanted = [*(f"{module}.weight" for module in found.vectors), *found.copies]
+    names, notes = _resolve(adapter, base, wanted, peft.AdapterParts(full=found.copies), name_map)
+    binding = Binding(notes=notes)
+    transposed = transposed_weights(base.specs, base.config)
+    for module, key in found.vectors.items():
+        weight = names[f"{module}.weight"]
+        _bind_vector(adapter, base, binding, weight, key, coeff, transposed=weight in transposed)
+    for name, key in found.copies.items():
+        _bind_full(adapter, base, binding, names[name], key, coeff)
+    _keep_tied(adapter, base, binding)
+    if not allow_incomplete and found.vectors:
+        _refuse_incomplete(adapter, base, {names[f"{module}.weight"] for module in found.vectors})
+    return binding
+
+
+def _bind_vector(
+    adapter: Adapter, base: Checkpoint, binding: Binding, weight: str, key: str, coeff: float, *, transposed: bool
+) -> None:
+    """Bind one vector: ``(out, 1)`` scales outputs, the bias among them, ``(1, in)`` inputs."""
+    vector, old = adapter.tensors[key], base.tensors[weight].spec
+    if len(old.shape) != 2 or len(vector.spec.shape) != 2:
+        raise UnsupportedError("IA³ is merged into linear weights only", file=adapter.label, tensor=weight)
+    outputs = vector.spec.shape[1] == 1
+    side = 0 if outputs != transposed else 1
+    if 1 not in vector.spec.shape or vector.spec.numel != old.shape[side]:
+        raise MismatchError(
+            f"its vector is {vector.spec.describe()}, the weight {old.describe()}", file=adapter.label, tensor=weight,
+            mend="is this its base?",
+        )  # fmt: skip
+    binding.add(weight, Scaled(vector, old.shape[1], columns=side == 1, coeff=coeff))
+    bias = f"{module_of(weight)}.bias"
+    if outputs and bias in base.tensors:
+        binding.add(bias, Scaled(vector, 1, coeff=coeff))
 
 
 def _keep_tied(adapter: Adapter, base: Checkpoint, binding: Binding) -> None:

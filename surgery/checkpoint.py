@@ -18,15 +18,15 @@ from surgery.formats.delta_manifest import MANIFEST
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
-from surgery.sources import local, memory
+from surgery.sources import folders, local, memory
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, human_bytes, human_count
-from surgery.writer import is_one_file
+from surgery.writer import Publication, is_one_file
 
 if TYPE_CHECKING:
     import torch
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-"""What operations take for a checkpoint: a path, a state dict in memory, or a :class:`Checkpoint`."""
+"""What operations take for a checkpoint: a path or ``hf://org/name``, a state dict in memory, or a :class:`Checkpoint`."""
 
 Record = Callable[[Mapping[str, str]], dict[str, Any]]
 """Composes an output's provenance from the fingerprints of its tensors."""
@@ -87,6 +87,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.side_files = dict(side_files or {})
         self.notes = list(notes)
         self.origin = origin
+        self.quantised: dict[str, str] | None = None
+        """What :func:`quantised_modules` found, once it has looked."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -102,6 +104,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def parameters(self) -> int:
         """Number of floating-point elements: what people call parameters."""
         return sum(spec.numel for spec in self.specs.values() if spec.dtype.startswith(("F", "BF")))
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What a record says of where it was, beside its name; see :func:`surgery.sources.local.pinned`."""
+        return local.pinned(self.stored) if self.origin is None else {}
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor's recipe.
@@ -177,7 +184,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if single:
             return weights
         kept = lay_out(origin.kept, workers=1) if origin.kept else None
-        beside = [*map(len, origin.files.values()), *(path.stat().st_size for path in self._copies(origin).values())]
+        beside = [*map(len, origin.files.values()), *map(folders.size, self._copies(origin).values())]
         return replace(
             weights,
             bytes_written=weights.bytes_written + (kept.bytes_written if kept else 0) + sum(beside),
@@ -198,6 +205,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         restart: bool = False,
         finish: bool = False,
         progress: execute.Progress | None = None,
+        into: Publication | None = None,
     ) -> dict[str, Any]:
         """Write the checkpoint, and publish it whole or not at all.
 
@@ -210,6 +218,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             restart: begin anew where an earlier run of the same merge was broken off; it is continued otherwise.
             finish: publish what :meth:`save_share` made, and refuse if any file is missing.
             progress: somebody who watches.
+            into: where it goes in place of ``out``; see :func:`surgery.execute.publish`.
 
         Returns:
             The record that was written as ``surgery.json``, or into the single file's metadata.
@@ -231,12 +240,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             overwrite=overwrite,
             sources=self.stored,
             files={} if single else origin.files,
-            copies={} if single else self._copies(origin),
+            copies={} if single else {name: folders.here(path) for name, path in self._copies(origin).items()},
             kept={} if single else origin.kept,
             work=self._work(),
             restart=restart,
             finish=finish,
             progress=progress,
+            into=into,
         )
 
     def save_share(
@@ -285,7 +295,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return provenance.record(
             "save",
             parameters={},
-            inputs=[{"role": "source", "name": self.label}],
+            inputs=[{"role": "source", "name": self.label, **self.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )
 
@@ -334,12 +344,14 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     """Open a checkpoint: headers are read and checked, data is not.
 
     Args:
-        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, a state dict, or a :class:`Checkpoint`.
+        source: a folder, a ``.safetensors``, ``.bin`` or ``.pt`` file, ``hf://org/name@revision``, a state dict, or a
+            :class:`Checkpoint`.
         follow_links: accept links that lead out of a folder.
 
     Raises:
         UsageError: neither a path nor a state dict.
         FormatError: malformed, incomplete, or nothing there.
+        HubError: the Hub refuses, or does not answer.
         MismatchError: two weight sets in one folder.
         UnsafeError: a pickle that would run code, or a path that leads outside.
 
@@ -357,7 +369,7 @@ def open_checkpoint(source: Source, *, follow_links: bool = False) -> Checkpoint
     if MANIFEST in stored.tensors:
         mend = "surgery merge BASE DELTA restores the fine-tune that it was made from"
         raise UsageError("is an exact delta, not a checkpoint", file=stored.path, mend=mend)
-    whole = stored.path.is_dir()
+    whole = folders.is_folder(stored.path)
     return Checkpoint(
         stored.tensors,
         label=stored.label,
@@ -404,7 +416,9 @@ _QUANTISED_MARKS = (
 
 
 def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map every module whose weight is stored as codes to the name of the scheme."""
+    """Map every module whose weight is stored as codes to the name of the scheme; looked for once a checkpoint."""
+    if checkpoint.quantised is not None:
+        return checkpoint.quantised
     declared = (checkpoint.config or {}).get("quantization_config") or {}
     scheme = declared.get("quant_method") if isinstance(declared, dict) else None
     modules: dict[str, str] = {}
@@ -413,6 +427,7 @@ def quantised_modules(checkpoint: Checkpoint) -> dict[str, str]:
             if name.endswith("." + mark) or (mark.startswith("_") and name.endswith(mark)):
                 modules.setdefault(name.removesuffix(mark).rstrip(".").removesuffix(".weight"), str(scheme or what))
                 break
+    checkpoint.quantised = modules
     return modules
 
 

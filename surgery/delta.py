@@ -27,7 +27,7 @@ import torch
 
 from surgery import numerics
 from surgery.errors import NumericError, SurgeryError
-from surgery.tensor import LazyTensor, TensorSpec
+from surgery.tensor import LazyTensor, TensorSpec, any_range
 
 
 class Update(Protocol):
@@ -369,8 +369,10 @@ class Applied:
         labels: Sequence[str] = (),
     ) -> None:
         self._labels = labels
-        self.base = base
         self.updates = tuple(updates)
+        rows = max((update.unit for update in self.updates), default=1)
+        fits = base.unit % rows == 0 or rows % base.unit == 0
+        self.base = base if fits else any_range(base)
         self.spec = TensorSpec(base.spec.name, dtype or base.spec.dtype, base.spec.shape)
         self._allow_nonfinite = allow_nonfinite
 

@@ -20,7 +20,8 @@ from surgery.formats import delta_codec, delta_manifest
 from surgery.formats.delta_codec import Block
 from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest
 from surgery.provenance import BlockDigests
-from surgery.sources import local
+from surgery.sources import folders, local
+from surgery.sources.references import is_hub_reference
 from surgery.tensor import BITS, BytesTensor, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
 from surgery.writer import Publication
 
@@ -100,10 +101,13 @@ def is_delta(source: object) -> TypeGuard[str | os.PathLike[str] | Delta]:
     if not isinstance(source, str | os.PathLike):
         return False
     path = Path(source).expanduser()
-    if not path.is_file() or path.name.endswith(local.PICKLE_SUFFIXES):
+    if is_hub_reference(source) or path.is_dir():
+        path = local.resolve(source)
+    if not (path.is_file() or folders.is_absent(path)) or path.name.endswith(local.PICKLE_SUFFIXES):
         return False
-    with path.open("rb") as file:
-        start = file.read(512)
+    file = folders.open_file(path)
+    start = file.read(0, min(512, file.size))
+    file.close()
     # Any of three, so that a damaged file is still known for what it is.
     return any(mark.encode() in start for mark in (delta_manifest.FORMAT, MANIFEST, DATA))
 

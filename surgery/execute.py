@@ -20,6 +20,7 @@ from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
+from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
 
@@ -104,6 +105,7 @@ def run(
                     name, layout, output, {each: BlockDigests(plan.specs[each]) for each in layout.offsets}
                 )
         jobs = [job for job in plan.jobs if job.file in files]
+        expect(tensors[name] for file in files.values() for name in file.layout.offsets)
         watcher.start(sum(job.nbytes for job in jobs))
         try:
             _run_jobs(
@@ -124,6 +126,12 @@ class _File:
     layout: FileLayout
     output: OutputFile
     digests: Mapping[str, BlockDigests]
+
+    def start_writing(self, job: Job) -> None:
+        """Have a finished job brought to disk."""
+        first = job.pieces[0]
+        low, _ = byte_range(self.digests[first.tensor].spec, first.start, first.stop)
+        self.output.start_writing(self.layout.offsets[first.tensor] + low, job.nbytes)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints of its tensors, all of whose blocks are written."""
@@ -153,9 +161,15 @@ def _run_jobs(
             _write_piece(piece, tensors[piece.tensor], files[job.file])
             low, high = byte_range(tensors[piece.tensor].spec, piece.start, piece.stop)
             progress.advance(high - low)
+        # The disk works while the next jobs are made; in a thread of its own, for it may have to wait for its turn.
+        disk.submit(files[job.file].start_writing, job)
         shards.job_done(job)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="surgery") as pool, _torch_on_one_thread():
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="surgery-disk") as disk,
+        ThreadPoolExecutor(workers, thread_name_prefix="surgery") as pool,
+        _torch_on_one_thread(),
+    ):
         futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -265,6 +279,7 @@ def publish(
     restart: bool = False,
     finish: bool = False,
     progress: Progress | None = None,
+    into: Publication | None = None,
 ) -> dict[str, Any]:
     """Plan, write and publish an output: weights, side files, then index and record last, then one rename.
 
@@ -288,6 +303,7 @@ def publish(
         restart: begin anew in any case.
         finish: refuse unless all files are finished already.
         progress: somebody who watches.
+        into: where it goes instead of being renamed to ``out``: a publication that does not stay on this disk.
 
     Returns:
         The record.
@@ -305,9 +321,8 @@ def publish(
     )  # fmt: skip
     extra = lay_out(kept, stem=KEPT, workers=workers) if kept else None
     digest = None if work is None else plan.digest(work)
-    with Publication(
-        out, overwrite=overwrite, inputs=[source.path for source in sources], digest=digest, restart=restart
-    ) as publication:
+    inputs = [source.path for source in sources]
+    with into or Publication(out, overwrite=overwrite, inputs=inputs, digest=digest, restart=restart) as publication:
         if finish:
             _refuse_unfinished(plan, publication)
         sizes = sum(len(data) for data in (files or {}).values()) + (extra.bytes_written if extra else 0)
@@ -315,7 +330,10 @@ def publish(
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )
-        fingerprints = run(plan, tensors, publication, progress)
+        turns = [[number] for number in range(len(plan.files))] if publication.one_at_a_time else [None]
+        fingerprints: dict[str, str] = {}
+        for only in turns:
+            fingerprints |= run(plan, tensors, publication, progress, only=only)
         if extra and kept:
             run(extra, kept, publication, names={extra.files[0].name: KEPT_FILE})
         for name, path in (copies or {}).items():
@@ -378,7 +396,7 @@ def run_share(
     Raises:
         OutputError: somebody else writes one of them, or the finished files are those of another plan.
     """
-    own = range(share[0] - 1, len(plan.files), share[1])
+    own = plan.members(share)
     inputs = [source.path for source in sources]
     with Share(out, overwrite=overwrite, inputs=inputs, digest=plan.digest(work)) as staging:
         todo = [number for number in own if plan.files[number].name not in staging.finished]

@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError, SurgeryError
 from surgery.execute import KEPT_FILE
 from surgery.formats import safetensors
-from surgery.sources import local
+from surgery.sources import folders, local
 from surgery.sources.local import StoredWeights
 from surgery.tensor import LazyTensor, renamed
 
@@ -84,7 +84,7 @@ def history_of(checkpoint: Checkpoint) -> History:
         history.prints[name] = entry["fingerprint"]
         if "base" in entry:
             history.base_prints[name] = entry["base"]
-    if path.is_dir() and (path / KEPT_FILE).exists():
+    if folders.is_folder(path) and folders.exists(path / KEPT_FILE):
         stored = StoredWeights(path / KEPT_FILE, "originals", {}, {}, [])
         local.add_file(stored, path / KEPT_FILE, "originals")
         history.kept, history.stored = stored.tensors, [stored]
@@ -98,7 +98,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         FormatError: it is malformed or of a later version.
     """
     try:
-        if path.is_dir():
+        if folders.is_folder(path):
             document = local.read_config(path, provenance.RECORD)
         else:
             text = local.open_weights(path).metadata.get(provenance.METADATA_KEY)
@@ -106,7 +106,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if document is not None:
             provenance.check_schema(document)
     except SurgeryError as error:
-        raise error.at(file=path / provenance.RECORD if path.is_dir() else path) from None
+        raise error.at(file=path / provenance.RECORD if folders.is_folder(path) else path) from None
     return document
 
 

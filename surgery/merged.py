@@ -21,12 +21,18 @@ from surgery import numerics
 from surgery.algorithms.kernel import Block, Kernel, Setting, Totals
 from surgery.algorithms.registry import COMPAT, PAPER, Algorithm, find, resolve
 from surgery.errors import MismatchError, NumericError, SurgeryError, UnsupportedError, UsageError
+from surgery.passes import Passes, Run
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
+BLOCK = 1 << 18
+"""Elements a block: half of it, and twice as much, take longer."""
 _RUNS, _RUN = 64, 1024
 """Runs of a sample, and elements in each, at least."""
 _SAMPLE_OF = 1 << 20
 """Smaller tensors are not worth a sample."""
+_PASS_RUN = 1 << 19
+"""Elements that a thread takes at a time in a pass: of no dtype that is computed with less than a fingerprint's block,
+so that every block of an input is read by one thread."""
 
 
 class Merged:
@@ -93,7 +99,8 @@ class Merged:
         self._working = _working_dtype([source.spec.dtype for source in self._sources], self.spec.dtype)
         setting = Setting(name, first.shape, self._working, whole, each, compat, seed)
         self._kernel: Kernel = self.algorithm.make(setting)
-        self._findings = _Findings(self)
+        self._made, self._counting = 0, threading.Lock()
+        self._passes = Passes(self._kernel, self._runs(), self._sample, self._observe)
 
     @property
     def _sources(self) -> tuple[LazyTensor, ...]:
@@ -108,11 +115,12 @@ class Merged:
     @property
     def resident(self) -> int:
         """What the inputs hold, plus a working block for each, for the algorithm, and for rounding."""
-        block = min(max(numerics.BLOCK, self.unit), max(self.spec.numel, 1))
+        block = min(max(BLOCK, self.unit), max(self.spec.numel, 1))
         width = self._working.itemsize
         blocks = len(self._sources) + self._kernel.buffers + 1
         reading = max(source.spec.itemsize * (1 + source.scratch) for source in self._sources)
-        return sum(source.resident for source in self._sources) + block * (blocks * width + reading)
+        held = sum(source.resident for source in self._sources) + self._kernel.resident
+        return held + block * (blocks * width + reading)
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Compute the range, after the passes over the whole tensor, if the algorithm needs any.
@@ -123,22 +131,49 @@ class Merged:
         size = self.spec.itemsize
         try:
             with numerics.deeper():
-                found = self._findings.get() if stop > start else []
+                found = self._passes.get() if stop > start else []
                 for low, high in self.cuts(start, stop):
-                    values = self._kernel.combine(self._block(low, high), found)
-                    self._narrow(values, out[(low - start) * size : (high - start) * size], low)
+                    self._make(low, high, found, out[(low - start) * size : (high - start) * size])
         except SurgeryError as error:
             raise error.at(tensor=self.spec.name) from None
 
     def cuts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range into blocks of whole units."""
-        step = max(numerics.BLOCK // self.unit, 1) * self.unit
+        step = max(BLOCK // self.unit, 1) * self.unit
         for low in range(start, stop, step):
             yield low, min(low + step, stop)
 
-    def observe(self, low: int, high: int, found: Sequence[Any]) -> Totals:
-        """Observe one block for the stage that comes next."""
-        return self._kernel.observe(self._block(low, high), found)
+    def _runs(self) -> list[Run]:
+        """Cut the whole tensor for passes."""
+        step = math.lcm(self.unit, _PASS_RUN)
+        return [(low, min(low + step, self.spec.numel)) for low in range(0, self.spec.numel, step)]
+
+    def _observe(self, run: Run, found: Sequence[Any]) -> Totals:
+        """Observe a run for the stage that comes next."""
+        totals: Totals = ()
+        for low, high in self.cuts(*run):
+            part = self._kernel.observe(self._block(low, high, check=not self._passes.looked), found)
+            totals = tuple(map(np.add, totals, part)) if totals else part
+        return totals
+
+    def _make(self, start: int, stop: int, found: Sequence[Any], out: memoryview) -> None:
+        """Make one block."""
+        # What went through a pass was checked there, and what spoils the result shows in it.
+        unchecked = self._passes.looked or self._kernel.spoilt_by_nonfinite
+        values = self._kernel.combine(self._block(start, stop, check=not unchecked), found)
+        try:
+            numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
+        except NumericError as error:
+            self._block(start, stop, check=True)  # it names the input that is to blame, if one is
+            raise error.at(file=self._labels[0] if self._labels else None) from None
+        with self._counting:
+            self._made += stop - start
+            if self._made == self.spec.numel:
+                self._kernel.forget()
+
+    def _sample(self) -> None:
+        if self.spec.numel > _SAMPLE_OF:
+            self._kernel.sample(self.sample())
 
     def sample(self) -> Block:
         """Gather runs of elements from all over the tensor: the same wherever it lies, whatever it is merged with."""
@@ -154,23 +189,17 @@ class Merged:
             blocks.append(values)
         return Block(tuple(blocks if self.base is None else blocks[1:]), None if self.base is None else blocks[0], 0)
 
-    def _block(self, start: int, stop: int) -> Block:
+    def _block(self, start: int, stop: int, *, check: bool) -> Block:
         count = stop - start
         blocks = []
         for number, source in enumerate(self._sources):
             values = numerics.scratch(f"input {number}", count, self._working)
             numerics.widen(source, start, stop, values)
-            if not self._allow_nonfinite and not math.isfinite(float(values.sum())):
+            if check and not self._allow_nonfinite and not math.isfinite(float(values.sum())):
                 self._refuse_nonfinite(values, number, start)
             blocks.append(values)
         base = None if self.base is None else blocks.pop(0)
         return Block(tuple(blocks), base, start)
-
-    def _narrow(self, values: torch.Tensor, out: memoryview, start: int) -> None:
-        try:
-            numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
-        except NumericError as error:
-            raise error.at(file=self._labels[0] if self._labels else None) from None
 
     def _refuse_nonfinite(self, values: torch.Tensor, number: int, start: int) -> None:
         bad = ~torch.isfinite(values)
@@ -198,40 +227,6 @@ class Merged:
                     f"has shape {list(source.spec.shape)}, but {list(first.shape)} in {where}",
                     file=label, tensor=source.spec.name, mend="shapes must agree: nothing is stretched or cut",
                 )  # fmt: skip
-
-
-class _Findings:
-    """What an algorithm learns of a whole tensor: once, by whichever thread asks first."""
-
-    def __init__(self, merged: Merged) -> None:
-        self._merged = merged
-        self._lock = threading.Lock()
-        self._found: list[Any] | None = None
-
-    def get(self) -> list[Any]:
-        """Return the findings of all stages; run the passes if nobody has yet."""
-        if self._merged._kernel.stages == 0:  # noqa: SLF001  the other half of one class
-            return []
-        with self._lock:
-            if self._found is None:
-                self._found = self._run()
-            return self._found
-
-    def _run(self) -> list[Any]:
-        merged, kernel = self._merged, self._merged._kernel  # noqa: SLF001
-        found: list[Any] = []
-        if merged.spec.numel > _SAMPLE_OF:
-            kernel.sample(merged.sample())
-        for _ in range(kernel.stages):
-            if not kernel.needs(found):
-                found.append(None)
-                continue
-            totals: Totals | None = None
-            for low, high in merged.cuts(0, merged.spec.numel):
-                part = merged.observe(low, high, found)
-                totals = part if totals is None else tuple(map(np.add, totals, part))
-            found.append(kernel.conclude(totals or (), found))
-        return found
 
 
 def _working_dtype(inputs: Sequence[str], output: str) -> torch.dtype:

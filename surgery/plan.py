@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery.errors import IOFailure, UsageError
@@ -24,9 +24,9 @@ JOB_BYTES = 256_000_000
 SMALLEST_JOB = 4_000_000
 BLOCK_BYTES = 1 << 20
 """A worker's read and write buffer. 1 MiB was the fastest of 0.25 to 16 MiB: larger ones fall out of cache."""
-WORKER_BYTES = 24 << 20
+WORKER_BYTES = 6 << 20
 """Allowance a worker for the interpreter, the allocator and torch's own per-thread state."""
-FIXED_BYTES = 48 << 20
+FIXED_BYTES = 24 << 20
 """Allowance for what a run holds once: headers, the record, libraries touched for the first time."""
 DEFAULT_SHARD = 5_000_000_000
 
@@ -75,6 +75,20 @@ class Plan:
     bytes_written: int
     counts: dict[str, int] = field(default_factory=dict)
     """Tensors by what happens to them (copied, merged …), for people."""
+
+    def members(self, share: tuple[int, int]) -> range:
+        """Number the files of the ``k``-th of ``n`` parts, ``share = (k, n)``."""
+        return range(share[0] - 1, len(self.files), share[1])
+
+    def part(self, share: tuple[int, int]) -> Plan:
+        """Return what one part of a run does, to be shown; its reads are estimated in proportion to its writes."""
+        own = self.members(share)
+        files = tuple(self.files[number] for number in own)
+        written = sum(file.size for file in files)
+        jobs = tuple(job for job in self.jobs if job.file in own)
+        read = self.bytes_read * written // max(sum(file.size for file in self.files), 1)
+        counts = {"made": sum(len(file.offsets) for file in files)}
+        return replace(self, files=files, jobs=jobs, bytes_read=read, bytes_written=written, counts=counts)
 
     def digest(self, work: str) -> str:
         """Return the digest of a run: the same for the same version, work and layout."""

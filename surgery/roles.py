@@ -16,7 +16,7 @@ from surgery.tensor import TensorSpec
 
 # (role, pattern searched in the module's name). Order matters: fused before single, specific before general.
 _RULES: tuple[tuple[str, str], ...] = (
-    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm|[a-z]*layernorm(_[a-z]+)?)$"),
+    ("norm", r"(?i)(^|[._])(layer_?norm|rms_?norm|group_?norm|batch_?norm|norm\d*|ln(_?[a-z0-9]+)?|[a-z]+_norm(_out)?|[a-z]*layernorm(_[a-z]+)?)$"),
     ("head", r"(^|\.)(lm_head|embed_out|score|(pre_)?classifier(\.(dense|out_proj))?|qa_outputs|cls\.\w+(\.\w+)*|pooler(\.dense)?)$"),
     ("embedding", r"(?i)(^|\.)(wte|wpe|shared|(\w+_)?emb|embed\w*|\w*embeddings?|tok_embeddings|embed_(in|tokens|positions)|relative_attention_bias)$"),
     ("qkv", r"(^|\.)(c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj|attn_qkv)$"),
@@ -49,6 +49,8 @@ def role_of(spec: TensorSpec) -> str:
     >>> role_of(TensorSpec("encoder.layer.0.output.dense.bias", "F32", (8,)))
     'bias'
     """
+    if is_fused_experts(spec):
+        return _role_of_module(spec.name.rpartition(".")[2])
     # The parameter's own name stands last, and what is before the longest rule's reach first.
     role = _role_of_module(".".join(spec.name.rsplit(".", LONGEST_RULE + 1)[-LONGEST_RULE - 1 : -1]))
     flat = len(spec.shape) <= 1
@@ -85,6 +87,15 @@ def layer_of(name: str) -> str:
     """
     found = _BLOCK.match(name)
     return found[1] if found else ""
+
+
+def numberless(name: str) -> str:
+    """Write ``*`` for every number in a name: what all blocks have alike.
+
+    >>> numberless("encoder.layer.3.attention.self.query.weight")
+    'encoder.layer.*.attention.self.query.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def transposed_weights(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None) -> set[str]:

@@ -1,9 +1,10 @@
-"""Tiny models of many families, with transformers' own layouts: what their checkpoints hold is what real ones hold."""
+"""Tiny models of many families, with the libraries' own layouts: what their checkpoints hold is what real ones hold."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ VIT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
     "patch_size": 4,
 }  # fmt: skip
+UNET = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 8, "norm_num_groups": 4, "attention_head_dim": 4,
+}  # fmt: skip
 EXPERTS = {"head_dim": 4, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -68,15 +74,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5-gated": ("T5ForConditionalGeneration", "T5Config", T5 | {"feed_forward_proj": "gated-gelu"}),
     "vit": ("ViTForImageClassification", "ViTConfig", VIT),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER | TOKENS),
+    "unet": ("UNet2DConditionModel", "", UNET),
 }  # fmt: skip
 
 
-def build(family: str) -> hf.PreTrainedModel:
+def build(family: str) -> Any:
     """Make a tiny model of a family, the same one each time."""
     model_class, config_class, settings = MODELS[family]
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if not config_class:
+            import diffusers  # seconds, for the one model that needs it
+
+            return getattr(diffusers, model_class)(**settings).eval()
         return getattr(hf, model_class)(getattr(hf, config_class)(**settings)).eval()
 
 
@@ -89,5 +100,6 @@ def saved(family: str, folder: str) -> str:
 
 def shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Read names and shapes with the official reader."""
-    with safe_open(f"{path}/model.safetensors", "np") as file:
+    (weights,) = Path(path).glob("*.safetensors")
+    with safe_open(weights, "np") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -229,15 +230,36 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_one(model
     assert err.strip() == "surgery: error: interrupted: nothing was published; the same command starts again"
 
 
-def test_a_reader_that_goes_away_is_no_error(models):
-    command = f"{sys.executable} -m surgery info base --tensors | head -c 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
-    assert done.stderr == ""
+def with_closed(stream, *arguments):
+    """Run a command whose stdout, or stderr, nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+        return subprocess.run([sys.executable, "-m", "surgery", *arguments], text=True, **streams)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "merge --help", "--version", "info base --tensors", "info base --json", "algorithms", "diff base ft",
+     "merge ft ft --algorithm linear -o out"],
+)  # fmt: skip
+def test_a_reader_that_goes_away_is_no_error(models, arguments):
+    done = with_closed("stdout", *arguments.split())
+    assert (done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("merge: ")]) == (0, [])
+
+
+def test_work_goes_on_when_nobody_listens_to_its_progress(models):
+    done = with_closed("stderr", *["merge", "base", "ft", "--algorithm", "linear", "--progress", "plain", "-o", "out"])
+    assert done.returncode == 0
+    assert done.stdout.startswith("wrote out")
+    assert (models / "out" / "model.safetensors").exists()
+    assert with_closed("stderr", "info", "nothing").returncode == 2
 
 
 def test_completion_scripts_are_offered():
-    import os
-
     done = subprocess.run(
         [sys.executable, "-m", "surgery"],
         capture_output=True,

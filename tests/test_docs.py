@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,13 @@ def test_the_python_blocks_run(workshop, monkeypatch, capsys):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_the_python_blocks_of_the_algorithms_run():
+    shown = blocks("python", (ROOT / "docs" / "algorithms.md").read_text())
+    assert shown
+    for block in shown:
+        exec(compile(block, "docs/algorithms.md", "exec"), {})
 
 
 def test_every_command_is_in_the_readme():

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.errors import MismatchError, UnsupportedError, UsageError
-from surgery.operations.extract_lora import default_output
+from surgery.errors import IOFailure, MismatchError, UnsupportedError, UsageError
+from surgery.operations.extract_lora import default_output, plan_extraction
 from surgery.operations.extract_many import extract_many
 from surgery.operations.extraction_report import summary
 from surgery.operations.rank_rule import parse_rule
@@ -59,6 +59,49 @@ def test_quantised_tensors_that_differ_do_unless_they_are_excluded(pair):
     with pytest.raises(UnsupportedError, match=r"layers\.1\.q_proj\.weight: differs, and is quantised"):
         surgery.extract_lora(base, tuned)
     assert surgery.extract_lora(base, tuned, exclude=["layers.1.*"]).report.rows
+
+
+def test_a_weight_quantised_on_one_side_only_may_be_excluded_and_is_reported(pair):
+    base = pair[0] | {"layers.1.q_proj.weight": values(8, 8)}
+    tuned = pair[1] | quantised(2.0)
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.q_proj\.weight"):
+        surgery.extract_lora(base, tuned)
+    adapter = surgery.extract_lora(base, tuned, exclude=["layers.1.*"])
+    assert not any("layers.1" in key for key in adapter.tensors)
+    notes = "\n".join(adapter.report.notes)
+    assert "differs but is F8_E4M3, so not in the adapter: layers.1.q_proj.weight" in notes
+    assert "only in the fine-tune, so not in the adapter: layers.1.q_proj.weight_scale" in notes
+
+
+def test_packed_codes_of_the_fine_tune_alone_may_be_excluded(pair):
+    base = pair[0] | {"layers.1.q_proj.weight": values(8, 8)}
+    tuned = pair[1] | {"layers.1.q_proj.qweight": torch.ones(1, 8, dtype=torch.int32),
+                       "layers.1.q_proj.qzeros": torch.ones(1, 1, dtype=torch.int32),
+                       "layers.1.q_proj.scales": torch.ones(1, 8)}  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.q_proj"):
+        surgery.extract_lora(base, tuned)
+    adapter = surgery.extract_lora(base, tuned, exclude=["layers.1.*"])
+    assert any("only in the fine-tune" in note and "qweight" in note for note in adapter.report.notes)
+
+
+def test_a_memory_limit_takes_threads_first_and_then_refuses_by_name(pair):
+    head = {"lm_head.weight": values(60_000, 512)}
+    base, tuned = pair[0] | head, pair[1] | {"lm_head.weight": head["lm_head.weight"] * 1.01}
+    plan = plan_extraction(base, tuned, rank=2, jobs=4)
+    one = plan_extraction(base, tuned, rank=2, jobs=1).peak_memory
+    assert one < plan.peak_memory
+    fitted = plan_extraction(base, tuned, rank=2, jobs=4, max_memory=one)
+    assert (fitted.settings.jobs, fitted.peak_memory) == (1, one)
+    with pytest.raises(IOFailure, match=r"lm_head\.weight: the plan needs up to .* of memory, --max-memory allows"):
+        surgery.extract_lora(base, tuned, rank=2, max_memory=one - 1)
+    assert surgery.extract_lora(base, tuned, rank=2, max_memory=one - 1, exclude=["lm_head"]).report.rows
+
+
+def test_an_untied_embedding_that_may_be_factored_counts_in_the_memory(pair):
+    table = {"embed_tokens.weight": values(60_000, 512), "lm_head.weight": values(60_000, 512, seed=1)}
+    plan = plan_extraction(pair[0] | table, pair[1] | table, rank=2, jobs=2)
+    small = plan_extraction(pair[0] | table, pair[1] | table, rank=2, jobs=2, embeddings="none")
+    assert plan.peak_memory > small.peak_memory + 60_000 * 512 * 4
 
 
 def test_integers_alone_that_differ_are_named(pair):

@@ -139,6 +139,17 @@ def test_sglang_gets_zeros_where_it_needs_a_neighbour(pairs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("budget", [20_000, 40_000, 80_000])
+def test_zeros_and_padding_for_a_server_count_in_the_budget(pairs, tmp_path, budget):
+    base, tuned = pairs["generated"]
+    adapter = surgery.extract_lora(base, tuned, budget=budget, target=["q_proj", "down_proj"], server="sglang")
+    adapter.save(tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert any("factors of zeros" in note for note in adapter.report.notes)
+    rank = adapter.document["r"]
+    assert size <= budget < size * (rank + 1) / rank + 2000
+
+
 def test_many_fine_tunes_give_what_each_gives_alone_and_one_failure_stops_none(pairs, tmp_path, run):
     base, tuned = pairs["generated"]
     (tmp_path / "second").mkdir()

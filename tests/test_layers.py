@@ -15,20 +15,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tensor", "report"),
     ("names", "roles"),
     ("formats",),
-    ("numerics", "delta"),
+    ("numerics", "delta", "scaling"),
     ("algorithms", "methods"),
-    ("merged",),
+    ("passes", "merged"),
     ("sources",),
     ("provenance", "journal", "plan", "writer", "execute"),
     ("checkpoint", "history", "adapter", "exact"),
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "algorithms", "merged"}
+TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "passes", "merged"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
-    "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "extract_delta", "merge_delta",
-    "delta_report",
+    "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "remove", "remove_keep", "extract_delta", "merge_delta",
+    "delta_report", "delta_outline", "merge_rules",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from surgery import numerics
 from surgery.algorithms.lowrank import Costs, component_products, truncated_svd, working_bytes
-from surgery.algorithms.subspace import Search
+from surgery.algorithms.subspace import Search, rescaled_chebyshev
 
 
 @pytest.fixture(autouse=True)
@@ -178,17 +178,48 @@ def test_a_search_that_starts_blind_to_the_leading_direction_is_not_certified_by
     sigma = np.concatenate([[2.0], np.ones(20), np.full(79, 0.1)])
     delta = torch.diag(torch.from_numpy(sigma)) / np.linalg.norm(sigma)
     gram = delta @ delta.T
-    start = torch.randn(100, 40, generator=generator(), dtype=torch.float64)
-    start[0, :-16] = 0.0
-    search = Search(start, 8)
-    search.begin(lambda block: gram @ block)
+    start = torch.randn(100, 24, generator=generator(), dtype=torch.float64)
+    start[0] = 0.0
+    probes = gram.sqrt() @ torch.randn(100, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    search = Search(torch.linalg.qr(start)[0], probes, 8, 1e-3)
     best = float((gram.diagonal().sort(descending=True)[0][:8]).sum())
-    for _ in range(6):
-        image = gram @ search.basis
-        ritz = search.look(image)
+    for step in range(6):
+        search.take(gram @ search.pending())
+        search.look()
+        search.look_closely()
+        assert step or search.excess > 0.1, "without the probes nothing would speak against the start"
         optimum, achieved = math.sqrt(1 - best), math.sqrt(1 - search.captured)
         assert achieved <= optimum * (1 + search.excess) + 1e-12
-        search.step(image, ritz)
+        assert search.widen(8)
+
+
+def test_probes_are_applied_as_polynomials_of_what_the_start_has_not_seen():
+    """The polynomials of all edges come from one set of probes: their coefficients against NumPy's Chebyshev series."""
+    t = np.linspace(0.0, 3.0, 7)
+    for degree in (1, 2, 5):
+        for ratio in (0.4, 1.0, 3.0):
+            expected = np.polynomial.chebyshev.chebval(ratio * (t + 1.0) - 1.0, [0.0] * degree + [1.0])
+            found = np.polynomial.chebyshev.chebval(t, rescaled_chebyshev(degree, ratio))
+            assert found == pytest.approx(expected, rel=1e-12, abs=1e-9)
+
+
+def test_a_rank_whose_later_directions_converge_last_is_certified_without_a_gram_matrix():
+    """What widens a search must serve the last of the leading directions too, not only the first."""
+    delta = made((500, 700), SPECTRA["power law"](500))
+    found = truncated_svd(delta, 32, generator(), costs=Costs(direct=0, cheap=0.0, patience=math.inf))
+    assert (found.route, found.excess <= 1e-3) == ("subspace", True)
+
+
+def test_a_start_from_a_sketch_does_not_spoil_a_matrix_that_cancels_in_it():
+    """Columns that are equal cancel in pairs, by chance, where a sketch adds them up: the search must recover."""
+    column = torch.randn(600, 1, generator=generator())
+    noise = torch.randn(600, 2000, generator=generator())
+    delta = column.expand(600, 2000) * 0.1 + noise
+    sigma = torch.linalg.svdvals(delta.double())
+    found = truncated_svd(delta, 4, generator())
+    best = float(sigma[4:].norm() / sigma.norm())
+    assert found.error(4) <= best * (1 + found.excess) + 1e-7
+    assert found.excess <= 1e-3
 
 
 def test_more_triplets_than_asked_for_are_orthonormal_and_never_claim_too_much():

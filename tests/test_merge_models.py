@@ -131,6 +131,7 @@ def test_names_under_wrappers_meet():
     ("given", "message"),
     [
         ({"algorithm": "tise"}, "did you mean ties"),
+        ({"algorithm": lambda models, base, coeffs: base}, "a function that declares its scope"),
         ({"algorithm": "ties", "densty": 0.5}, "did you mean density"),
         ({"algorithm": "ties", "density": 1.5}, "density lies in"),
         ({"algorithm": "ties", "coeff": [1, 2]}, "2 values of coeff for 1 models"),

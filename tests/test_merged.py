@@ -54,8 +54,9 @@ def engine(name, base, models, parameters=None, **options):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Cut into blocks of 300 elements, so that small tensors are cut too, and thresholds take all their passes."""
-    monkeypatch.setattr(numerics, "BLOCK", 300)
+    monkeypatch.setattr(engine_room, "BLOCK", 300)
     monkeypatch.setattr(order, "BLOCK", 300)
+    monkeypatch.setattr(engine_room, "_PASS_RUN", 900)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -76,7 +77,7 @@ def test_the_bytes_do_not_depend_on_where_the_output_is_cut_or_on_threads(name, 
 def test_many_blocks_give_what_one_gives(name, monkeypatch):
     base, models = inputs(torch.float64)
     once = numerics.load(engine(name, base, models))
-    monkeypatch.setattr(numerics, "BLOCK", 300)
+    monkeypatch.setattr(engine_room, "BLOCK", 300)
     monkeypatch.setattr(order, "BLOCK", 300)
     often = numerics.load(engine(name, base, models))
     assert torch.allclose(once, often, rtol=1e-14, atol=1e-16)
@@ -165,7 +166,7 @@ def test_a_sample_spares_a_pass_and_changes_no_byte(small_blocks, monkeypatch):
     lazy = engine("breadcrumbs_ties", base, models)
     assert bytes(read_bytes(engine("ties", base, models))) == without
     read_bytes(lazy, 0, 100)
-    assert lazy._findings._found[1:] == [None, None]
+    assert lazy._passes.get()[1:] == [None, None]
 
 
 def test_statistics_are_gathered_once_whoever_asks(small_blocks):

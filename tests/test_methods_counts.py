@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import pytest
 import torch
 
 import surgery
 from surgery.cli.main import main
-from surgery.methods.published import PUBLISHED, biases, bottlenecks, gpt2, roberta
+from surgery.methods.published import PUBLISHED, biases, block, bottlenecks, gpt2, head, lora, roberta
 from surgery.methods.registry import METHODS
 from surgery.operations.methods import methods
-from tests.families import build, saved
+from tests.families import build, saved, shapes
 
 # model, method and figure as printed → the exact count, and whether the figure is inconsistent with it.
 EXACT = {
@@ -38,9 +40,13 @@ EXACT = {
     ("GPT-2 L", "LoRA, r=4", "0.77M"): (737_280, True),
     ("RoBERTa-large", "Adapter^P, r=16", "0.8M"): (811_392, False),
     ("RoBERTa-large", "Adapter^H, r=8", "0.8M"): (835_968, False),
+    ("RoBERTa-large", "Adapter^P, r=64", "3.0M"): (3_171_840, True),
+    ("RoBERTa-large", "Adapter^H, r=64", "6.0M"): (6_343_680, True),
     ("DeBERTa-XXL", "LoRA, r=16", "4.7M"): (4_718_592, False),
     ("GPT-3", "LoRA, r=1", "4.7M"): (4_718_592, False),
     ("GPT-3", "LoRA, r=8", "37.7M"): (37_748_736, False),
+    ("GPT-3", "Adapter^H, r=1", "7.1M"): (7_078_080, False),
+    ("GPT-3", "Adapter^H, r=8", "40.1M"): (40_109_568, False),
 }
 
 
@@ -55,6 +61,24 @@ def test_the_readings_that_were_turned_down_are_these_integers():
     assert roberta(768, 12, pooler=False) == 124_055_040
     assert bottlenecks(768, 12, 48, biases=False) == 884_736
     assert bottlenecks(768, 12, 16) == 304_320
+    assert bottlenecks(1024, 24, 7) == 368_808  # Adapter^L of 0.37M without norms
+    assert bottlenecks(1024, 24, 225) == 11_089_176  # of 11.09M without norms
+    assert bottlenecks(1024, 48, 112, norms=24) == 11_113_728  # Adapter^H with a norm a block
+    assert 2 * block(1024) + 2 * 1024 == 25_194_496  # FT^Top2 with the last norm
+    assert 15 * 24 * 1024 == 368_640  # PreLayer of 15 tokens
+    assert head(768, 3) == 592_899
+    assert roberta(768, 12, pooler=False) + head(768, 3) == 124_647_939
+    assert lora(768, 12, 8) + head(768, 3) == 887_811  # the LoRA authors' own 0.8M, truncated
+
+
+def test_a_figure_is_called_inconsistent_where_its_digits_are_not_the_exact_counts():
+    otherwise = {("350M", "BitFit"), ("RoBERTa-base", "Adapter^D")}  # one is not what its name says, one is ambiguous
+    for row in PUBLISHED:
+        number, unit = re.match(r"([\d.]+)([kM])", row.printed).groups()
+        digits = len(number.partition(".")[2])
+        agrees = abs(row.exact / {"k": 1e3, "M": 1e6}[unit] - float(number)) <= 0.5 * 10**-digits
+        assert agrees or row.inconsistent, row
+        assert not (agrees and row.inconsistent) or (row.table.split(",")[0], row.method) in otherwise, row
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -97,6 +121,36 @@ def test_a_methods_count_is_that_of_what_it_adds(family, folder):
         assert row.parameters == sum(
             added[name].numel() if name in added.tensors else sizes[name] for name in trained
         ), row.method.name
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen2"])
+def test_every_number_of_the_table_is_that_of_the_files_that_add_writes(family, folder, tmp_path):
+    path = saved(family, folder)
+    whole = {name: math.prod(shape) for name, shape in shapes(path).items()}
+    costs = methods(path)
+    assert costs.total == sum(whole.values())
+    for row in costs.rows:
+        if row.parameters is None:
+            continue
+        out = tmp_path / row.method.name
+        added = surgery.add(path, row.method.name)
+        added.save(out)
+        files = list(out.glob("*.safetensors"))
+        uncounted = {one.key for one in added.addition.head} | {one.key for one in added.addition.new if one.frozen}
+        sizes = {name: math.prod(shape) for name, shape in shapes(out).items()} if files else {}
+        assert sizes.keys() == added.tensors.keys()
+        written = {name: size for name, size in sizes.items() if name not in uncounted}
+        if row.method.name == "ft-topk":
+            written = {name: whole[name] for name in json.loads((out / "trainable.json").read_text())}
+        assert row.parameters == sum(written.values()), row.method.name
+        assert row.nbytes == 4 * sum(written.values())
+        assert row.share == row.parameters / costs.total
+        kind = {
+            "adapter_model.safetensors": "PEFT folder",
+            "adapter.safetensors": "AdapterHub folder",
+            "added.safetensors": "tensors and names",
+        }
+        assert row.file == (kind[files[0].name] if files else "list of names")
 
 
 def test_every_method_has_a_row_and_those_that_do_not_fit_say_why(folder, capsys):

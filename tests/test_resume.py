@@ -284,12 +284,43 @@ def test_jobs_exclude_whole_runs_and_each_other_file_by_file(work, run):
         assert "another run is writing it" in run("run", "plan.json", "--job", "3/4", "-q", code=7)
 
 
+def test_models_named_on_the_command_line_are_planned_and_shared_too(work, run):
+    models = ("a", "b", "--algorithm", "slerp", "-p", "t=0.25", "--max-shard-size", "40kB")
+    run("merge", *models, "-o", "whole", "-q")
+    shown = run("plan", *models)
+    assert " ".join(next(line for line in shown.splitlines() if line.startswith("layers.*.w")).split()) == (
+        "layers.*.w slerp of a, b t 0.25 12 393 kB"
+    )
+    document = json.loads(run("plan", *models, "--json"))
+    assert document["files"] == {
+        path.name: path.stat().st_size for path in sorted((work / "whole").glob("*.safetensors"))
+    }
+    run("plan", *models, "-o", "out", "--plan-out", "plan.json", "-q")
+    for job in ("2/2", "1/2"):
+        run("run", "plan.json", "--job", job, "-q")
+    run("run", "plan.json", "--finish", "-q")
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_a_dry_run_of_a_plan_shows_the_whole_or_a_part_and_writes_nothing(work, run):
+    run("plan", "recipe.yml", "-o", "out", "--plan-out", "plan.json", *SHARDS, "-q")
+    before = sorted(os.listdir(work))
+    whole = json.loads(run("run", "plan.json", "--dry-run", "--json"))
+    parts = [json.loads(run("run", "plan.json", "--job", f"{k}/3", "--dry-run", "--json")) for k in (1, 2, 3)]
+    assert {name: size for part in parts for name, size in part["files"].items()} == whole["files"]
+    assert sum(part["tensors"]["made"] for part in parts) == 13
+    assert "made 5 tensors" in run("run", "plan.json", "--job", "1/3", "--dry-run")
+    assert sorted(os.listdir(work)) == before
+
+
 def test_a_plan_whose_inputs_changed_is_refused(work, run):
     run("plan", "recipe.yml", "-o", "out", "--plan-out", "plan.json", "-q")
     os.utime(work / "b" / "model.safetensors")
     assert "is not as it was planned" in run("run", "plan.json", "-q", code=4)
-    (work / "plan.json").write_text('{"schema": "surgery.run/1", "recipe": 7}')
-    assert "is no plan" in run("run", "plan.json", code=3)
+    plan = json.loads((work / "plan.json").read_text())
+    for wrong in ({"merge": 7}, {"merge": {"recipe": 7}}, {"merge": {"inputs": [7]}}, {"schema": "x"}, {"more": 1}):
+        (work / "plan.json").write_text(json.dumps({**plan, **wrong}))
+        assert "is no plan" in run("run", "plan.json", code=3)
 
 
 def test_a_plan_is_shown_from_headers_and_says_what_becomes_of_every_tensor(work, run):

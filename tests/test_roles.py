@@ -13,7 +13,7 @@ from surgery.errors import MismatchError
 from surgery.names import parse_patterns, select
 from surgery.roles import roles_of
 from surgery.tensor import TensorSpec
-from tests.families import MODELS, saved, shapes
+from tests.families import MODELS, build, saved, shapes
 
 BERT_BLOCK = {
     "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v",
@@ -81,6 +81,12 @@ TRUTH: dict[str, dict[str, str]] = {
         "cls_token": "embedding", "position_embeddings": "embedding",
     },
     "whisper": SPEECH,
+    "unet": {
+        **{f"{attention}.to_{role}": role for attention in ("attn1", "attn2") for role in "qkv"}, "to_out.0": "o",
+        "ff.net.0.proj": "up", "ff.net.2": "down", "norm": "norm", "norm1": "norm", "norm2": "norm", "norm3": "norm",
+        "conv_norm_out": "norm", "linear_1": "other", "linear_2": "other", "time_emb_proj": "other",
+        **dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out"), "other"),
+    },
 }  # fmt: skip
 
 
@@ -107,7 +113,14 @@ def test_roles_are_right_on_the_layout_of(family, folder):
             assert role == TRUTH[family][max(endings, key=len)], name
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "vit"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_that_are_fused_have_the_roles_of_what_they_are_fused_from(family):
+    roles = roles_of({name: TensorSpec(name, "F32", tuple(v.shape)) for name, v in build(family).state_dict().items()})
+    found = {name.rpartition(".")[2]: role for name, role in roles.items() if ".experts." in name}
+    assert found == {"gate_up_proj": "gate_up", "down_proj": "down"}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "vit", "unet"])
 def test_a_pattern_takes_a_role(family, folder):
     roles = roles_of(surgery.open(saved(family, folder)).specs)
     chosen = select(roles, parse_patterns(["role:q,role:v"]), "--target")

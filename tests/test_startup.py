@@ -25,6 +25,12 @@ def checkpoints(tmp_path):
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "whole").mkdir()
+    whole = {"layer.0.q_proj.base_layer.weight": np.ones((4, 4), np.float32), **factors}
+    save_file(
+        {name.removeprefix("base_model.model."): value for name, value in whole.items()},
+        tmp_path / "whole" / "model.safetensors",
+    )
     return tmp_path
 
 
@@ -62,6 +68,9 @@ def test_help_and_info_import_nothing_heavy(arguments, checkpoints):
         ["convert", "a", "-o", "c", "--dry-run"],
         ["convert", "a", "-o", "c"],
         ["verify", "a"],
+        ["methods", "a"],
+        ["add", "lora", "a", "--target", "q", "-p", "r=2", "--dry-run"],
+        ["remove", "whole", "-o", "c", "--keep-to", "d", "-p", "alpha=4"],
         ["verify", "adapter", "--for", "vllm", "--for", "peft", "--base", "a"],
     ],
     ids=" ".join,

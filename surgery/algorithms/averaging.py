@@ -38,6 +38,8 @@ class Linear(Kernel):
         increasing inference time", 2022, arXiv:2203.05482, eq. 2.
     """
 
+    spoilt_by_nonfinite = True
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._coeffs = normalized(setting.coeffs) if setting.parameters["normalize"] else list(setting.coeffs)
@@ -49,6 +51,8 @@ class Linear(Kernel):
 
 class Passthrough(Kernel):
     """One model's tensor, ``s · x``: with ``s = 1`` a copy."""
+
+    spoilt_by_nonfinite = True
 
     def combine(self, block: Block, found: Sequence[Any]) -> torch.Tensor:
         """Scale the block."""

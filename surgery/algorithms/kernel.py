@@ -98,6 +98,8 @@ class Kernel:
     """Elements that can only be made together."""
     buffers: int = 0
     """Working buffers of a block's size that it needs besides the block's own."""
+    spoilt_by_nonfinite: bool = False
+    """Whether a NaN or an infinity in any input is sure to make the same element of the result one."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -106,6 +108,14 @@ class Kernel:
     def stages(self) -> int:
         """Count the passes over the whole tensor that go before combining."""
         return 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes that it holds of a tensor from the first pass to the last block, at most."""
+        return 0
+
+    def forget(self) -> None:
+        """Let go of what it holds: the whole tensor is made. Should more be asked for, it is found again."""
 
     def sample(self, block: Block) -> None:
         """See some of the tensor's elements (gathered, ``start`` means nothing) before the first stage."""
@@ -133,10 +143,15 @@ def weighted_sum(tensors: Sequence[torch.Tensor], coeffs: Sequence[float]) -> to
     Products and sums are rounded one by one: a fused multiply-add could round otherwise at the end of a block than in
     its middle, and results must not depend on where a tensor is cut.
     """
-    total = tensors[0].mul_(coeffs[0])
+    total = scaled(tensors[0], coeffs[0])
     for tensor, coeff in zip(tensors[1:], coeffs[1:], strict=True):
-        total.add_(tensor.mul_(coeff))
+        total.add_(scaled(tensor, coeff))
     return total
+
+
+def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply in place, where that changes anything."""
+    return tensor if factor == 1.0 else tensor.mul_(factor)
 
 
 def merge_tensors(

@@ -6,15 +6,17 @@ passes count the next bits of the values inside it. float32 takes two passes, fl
 tensor of a single block is partitioned at once.
 
 A pass is spared where a *sample* was seen before: it gives each value a window of neighbouring bit patterns that it is
-all but certain to lie in; one pass counts what is above the window and every pattern inside it. Should the value lie
-elsewhere, the passes above follow. What is found is exact in either case.
+all but certain to lie in; one pass counts what is above the window and every pattern inside it. Where the window holds
+one or two values, as with differences of bfloat16, which are multiples of a few steps, counting what is not below these
+does. Should the value lie elsewhere, the passes above follow. What is found is exact in either case.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ _DIGIT = 16
 _BINS = 1 << _DIGIT
 _WIDEST = 1 << 18
 """Bit patterns in a window, at most: in float32 about 3 % of the value."""
+_FEW = 2
+"""Candidates that are cheaper to count one by one than a window around them."""
 _MARGIN = 0.015
 """Share of all values between the one that is sought and either end of its window, as far as a sample can tell."""
 
@@ -47,35 +51,76 @@ class _Place:
     prefix: int = 0
 
 
+class _Guess(Protocol):
+    """Where one value probably is."""
+
+    rank: Rank
+
+    def observe(self, keys: np.ndarray) -> list[int]:
+        """Count a block's bit patterns."""
+        ...
+
+    def value(self, counts: Sequence[int]) -> float | None:
+        """Return what is sought, or ``None`` where it lies elsewhere."""
+        ...
+
+
+class _Candidates:
+    """Counts what is at least one of a few bit patterns, and what is above it: the value is proved, or refuted."""
+
+    def __init__(self, rank: Rank, patterns: Sequence[int]) -> None:
+        self.rank = rank
+        self._patterns = patterns
+
+    def observe(self, keys: np.ndarray) -> list[int]:
+        """Count from each candidate up, and above it."""
+        mask = scratch("mask", keys.size, torch.bool).numpy()
+        edges = [edge for pattern in self._patterns for edge in (pattern, pattern + 1)]
+        return [int(np.count_nonzero(np.greater_equal(keys, np.int32(edge), out=mask))) for edge in edges]
+
+    def value(self, counts: Sequence[int]) -> float | None:
+        """Return the candidate that has fewer than ``rank`` above it, and ``rank`` with its equals."""
+        for pattern, equal, above in zip(self._patterns, counts[::2], counts[1::2], strict=True):
+            if above < self.rank.rank <= equal:
+                return _real(pattern)
+        return None
+
+
 class _Window:
     """Counts the values above a run of bit patterns, and each pattern in it."""
 
     def __init__(self, rank: Rank, low: int, width: int) -> None:
         self.rank = rank
-        self.low = low
-        self.width = width
-        self.counts = torch.zeros(width, dtype=torch.int64)
+        self._low = low
+        self._width = width
+        self._counts = torch.zeros(width, dtype=torch.int64)
         """Counted where the values are, not returned block by block: integers, so their order does not matter."""
+        self._lock = threading.Lock()
 
-    def observe(self, keys: np.ndarray) -> int:
+    def observe(self, keys: np.ndarray) -> list[int]:
         """Count inside, and return how many are above."""
         # Into working memory: fresh pages would cost more than the arithmetic.
         offsets = scratch("offsets", keys.size, torch.int32).numpy()
         mask = scratch("mask", keys.size, torch.bool).numpy()
-        np.subtract(keys, np.int32(self.low), out=offsets)
-        above = int(np.count_nonzero(np.greater_equal(offsets, np.int32(self.width), out=mask)))
-        np.less(offsets.view(np.uint32), np.uint32(self.width), out=mask)
+        np.subtract(keys, np.int32(self._low), out=offsets)
+        above = int(np.count_nonzero(np.greater_equal(offsets, np.int32(self._width), out=mask)))
+        np.less(offsets.view(np.uint32), np.uint32(self._width), out=mask)
         inside = torch.from_numpy(np.compress(mask, offsets)).to(torch.int64)  # three times as fast as offsets[mask]
-        self.counts.scatter_add_(0, inside, torch.ones_like(inside))
-        return above
+        with self._lock:
+            self._counts.scatter_add_(0, inside, torch.ones_like(inside))
+        return [above]
 
-    def value(self, above: int) -> float | None:
+    def value(self, counts: Sequence[int]) -> float | None:
         """Return what is sought, or ``None`` where it lies elsewhere."""
-        within = self.rank.rank - above
-        if not 0 < within <= int(self.counts.sum()):
+        within = self.rank.rank - counts[0]
+        if not 0 < within <= int(self._counts.sum()):
             return None
-        offset, _ = _bin_of(within, self.counts.numpy())
-        return float(np.array(self.low + offset, dtype=np.uint32).view(np.float32))
+        offset, _ = _bin_of(within, self._counts.numpy())
+        return _real(self._low + offset)
+
+
+def _real(pattern: int) -> float:
+    return float(np.array(pattern, dtype=np.uint32).view(np.float32))
 
 
 class Order:
@@ -87,8 +132,13 @@ class Order:
         self._count = count
         self._bits = dtype.itemsize * 8
         self._at_once = count <= BLOCK
-        self._windows: list[_Window] = []
+        self._guesses: list[_Guess] = []
         self.stages = 0 if not ranks else 1 if self._at_once else 1 + self._bits // _DIGIT
+
+    @property
+    def resident(self) -> int:
+        """Bytes that counting takes, at most."""
+        return 0 if self._at_once else len(self.ranks) * 8 * (_WIDEST + 2 * _BINS)
 
     @property
     def streams(self) -> list[int]:
@@ -102,18 +152,21 @@ class Order:
         for rank in self.ranks:
             ordered = np.sort(values[rank.stream].numpy()).view(np.int32)
             share = 1 - rank.rank / self._count
-            low, middle, high = (
-                int(ordered[min(max(round((share + off) * ordered.size), 0), ordered.size - 1)])
-                for off in (-_MARGIN, 0, _MARGIN)
+            first, middle, last = (
+                min(max(round((share + off) * ordered.size), 0), ordered.size - 1) for off in (-_MARGIN, 0, _MARGIN)
             )
-            low = max(low, middle - _WIDEST // 2)
-            self._windows.append(_Window(rank, low, min(high - low + 1, _WIDEST)))
+            candidates = np.unique(ordered[first : last + 1])
+            if len(candidates) <= _FEW:
+                self._guesses.append(_Candidates(rank, candidates.tolist()))
+                continue
+            low = max(int(ordered[first]), int(ordered[middle]) - _WIDEST // 2)
+            self._guesses.append(_Window(rank, low, min(int(ordered[last]) - low + 1, _WIDEST)))
 
     def needs(self, found: Sequence[Any]) -> bool:
         """Say whether stage ``len(found)`` has to look at the values at all."""
         if self._at_once:
             return True
-        return bool(self._windows) if not found else found[0] is None
+        return bool(self._guesses) if not found else found[0] is None
 
     def observe(self, values: Sequence[torch.Tensor], found: Sequence[Any]) -> Totals:
         """Count a block's values by their next digit.
@@ -126,7 +179,7 @@ class Order:
             return (np.array([_kth_largest(values[rank.stream], rank.rank) for rank in self.ranks]),)
         if not found:
             keys = {stream: values[stream].view(torch.int32).numpy() for stream in self.streams}
-            return (np.array([window.observe(keys[window.rank.stream]) for window in self._windows]),)
+            return tuple(np.array(guess.observe(keys[guess.rank.stream])) for guess in self._guesses)
         level = len(found) - 1
         return tuple(self._digits(values[s], prefix, level) for s, prefix in _buckets(self._places(found)))
 
@@ -135,8 +188,8 @@ class Order:
         if self._at_once:
             return totals[0].tolist()
         if not found:
-            values = [window.value(int(above)) for window, above in zip(self._windows, totals[0], strict=True)]
-            self._windows.clear()
+            values = [guess.value(counts.tolist()) for guess, counts in zip(self._guesses, totals, strict=True)]
+            self._guesses.clear()
             return None if None in values else values
         places = self._places(found)
         counts = dict(zip(_buckets(places), totals, strict=True))

@@ -58,19 +58,57 @@ class Products:
         return self.times(self.transposed_times(block))
 
     def gram(self) -> torch.Tensor:
-        """Return ``X Xᵀ``, tile by tile, each pair of tiles once."""
+        """Return ``X Xᵀ``, each pair of rows once: halves of halves, so that most of it is large products."""
         out = torch.empty(self.short, self.short, dtype=self.dtype, device=self.matrix.device)
+        if self.matrix.dtype == self.dtype:
+            self._gram_of_rows(out, 0, self.short)
+        else:
+            self._gram_widened(out)
+        return out
+
+    def _gram_of_rows(self, out: torch.Tensor, low: int, high: int) -> None:
+        if high - low <= ROWS:
+            rows = self.matrix[low:high]
+            out[low:high, low:high] = torch.mm(rows, rows.T).mul_(self.scale * self.scale)
+            return
+        middle = (low + high) // 2
+        self._gram_of_rows(out, low, middle)
+        self._gram_of_rows(out, middle, high)
+        tile = torch.mm(self.matrix[middle:high], self.matrix[low:middle].T).mul_(self.scale * self.scale)
+        out[middle:high, low:middle] = tile
+        out[low:middle, middle:high] = tile.T
+
+    def _gram_widened(self, out: torch.Tensor) -> None:
         for low in range(0, self.short, ROWS):
-            left = self._widened(low, "left rows") if self.matrix.dtype != self.dtype else self.matrix[low : low + ROWS]
+            left = self._widened(low, "left rows")
             for other in range(0, low + 1, ROWS):
-                right = self.matrix[other : other + ROWS]
-                if self.matrix.dtype != self.dtype:
-                    right = self._widened(other)
-                tile = torch.mm(left, right.T).mul_(self.scale * self.scale)
+                tile = torch.mm(left, self._widened(other).T).mul_(self.scale * self.scale)
                 out[low : low + ROWS, other : other + ROWS] = tile
                 if other != low:
                     out[other : other + ROWS, low : low + ROWS] = tile.T
-        return out
+
+    def folded(self, width: int, generator: torch.Generator) -> torch.Tensor:
+        """Return ``X S (m, width)``, whose columns are sums of the columns of ``X`` with random signs.
+
+        On average ``X S Sᵀ Xᵀ`` is ``X Xᵀ``, and it costs no multiplications: a good place to start a search from, and
+        nothing that could be relied on.
+
+        Args:
+            width: columns of the result.
+            generator: of the signs, on the CPU.
+
+        Reference: Charikar, Chen, Farach-Colton 2002, "Finding frequent items in data streams" (the count sketch).
+        """
+        signs = torch.randint(0, 2, (self.long,), generator=generator).to(self.matrix.device, self.matrix.dtype)
+        signs = signs.mul_(2.0 * self.scale).sub_(self.scale)[:, None]
+        rows = self.matrix.T  # summed in the order in which they are stored
+        out = torch.zeros(width, self.short, dtype=self.matrix.dtype, device=self.matrix.device)
+        if not rows.is_contiguous():
+            out = out.T.contiguous().T
+        for start in range(0, self.long, width):
+            part = rows[start : start + width]
+            out[: len(part)].addcmul_(part, signs[start : start + width])
+        return out.T.to(self.dtype)
 
     def _widened(self, start: int, role: str = "rows") -> torch.Tensor:
         rows = self.matrix[start : start + ROWS]

@@ -304,15 +304,22 @@ ALGORITHMS: Mapping[str, Algorithm] = {algorithm.name: algorithm for algorithm i
 _BY_ALIAS = {alias: algorithm for algorithm in _TABLE for alias in algorithm.aliases}
 
 
-def find(name: str) -> Algorithm:
-    """Find an algorithm by name; ``-`` and ``_`` are the same.
+def find(name: str | Algorithm) -> Algorithm:
+    """Find an algorithm by name; ``-`` and ``_`` are the same. One that is found already is returned as it is.
 
     Raises:
-        UsageError: there is none; near ones are named.
+        UsageError: there is none, near ones are named; or a function that declares no scope.
 
     >>> find("task-arithmetic").base
     'required'
     """
+    if isinstance(name, Algorithm):
+        return name
+    if not isinstance(name, str):
+        raise UsageError(
+            f"an algorithm is a name, or a function that declares its scope, not {name!r}",
+            mend="decorate it: @surgery.algorithms.custom.algorithm(scope='element')",
+        )
     spelled = name.replace("-", "_")
     found = ALGORITHMS.get(spelled) or _BY_ALIAS.get(spelled)
     if found is None:

@@ -9,6 +9,7 @@ keeps the wanted number, by an order that its sort leaves open.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,16 @@ from surgery.algorithms.order import Order, Rank
 from surgery.errors import UsageError
 from surgery.numerics import scratch
 
+_REMEMBERED = 128 << 20
+"""Bytes of one tensor's draws that are remembered, at most; more are drawn twice."""
+
 
 class Sparsifier:
     """Keeps all."""
 
     unit = 1
+    buffers = 0
+    """Working buffers of a block's size that it needs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -34,6 +40,17 @@ class Sparsifier:
     def stages(self) -> int:
         """Count the passes it needs before it can sparsify."""
         return 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes that it may remember of the whole tensor."""
+        return 0
+
+    def remember(self) -> None:
+        """Be told that a tensor will be sparsified twice over."""
+
+    def forget(self) -> None:
+        """Let go of what it remembers."""
 
     def sample(self, deltas: Sequence[torch.Tensor]) -> None:
         """See some elements before the first stage."""
@@ -68,6 +85,12 @@ class Magnitude(Sparsifier):
             if rank < setting.numel
         ]
         self._order = Order(ranks, setting.numel, setting.dtype)
+        self.buffers = len(self.densities) + 3  # magnitudes, and what counting takes
+
+    @property
+    def resident(self) -> int:
+        """Count what thresholds take."""
+        return self._order.resident
 
     def window(self, density: float, model: int) -> tuple[int, int] | None:
         """Return the ranks (from 1, by falling magnitude) of the first and the last element kept; ``None``: keep all."""
@@ -132,25 +155,112 @@ class Breadcrumbs(Magnitude):
         return None if density >= 1 else (top + 1, top + kept)
 
 
-class Bernoulli(Sparsifier):
-    """Keep each element with probability ``density``, whatever its magnitude."""
+class Bits:
+    """A bit an element of one tensor, from a pass over it to the making of its last block."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._bits: np.ndarray | None = None
+        self._known = 0
+        self._given_up = False
+        self._lock = threading.Lock()
+
+    def put(self, start: int, mask: np.ndarray) -> None:
+        """Keep the bits of some elements. Where a block begins within a byte, all are given up."""
+        with self._lock:
+            if self._given_up or start % 8:
+                self.clear()
+                return
+            if self._bits is None:
+                self._bits = np.zeros(-(-self._count // 8), np.uint8)
+            packed = np.packbits(mask)
+            self._bits[start // 8 : start // 8 + len(packed)] = packed
+            self._known += len(mask)
+
+    def get(self, start: int, count: int) -> np.ndarray | None:
+        """Return the bits of some elements as a mask; ``None`` where not all of the tensor's were kept."""
+        bits = self._bits
+        if bits is None or self._known < self._count:
+            return None
+        within = start % 8
+        return np.unpackbits(bits[start // 8 : -(-(start + count) // 8)])[within : within + count].view(np.bool_)
+
+    def clear(self) -> None:
+        """Let go of them, for good."""
+        self._given_up, self._bits = True, None
+
+
+class Drawn(Sparsifier):
+    """Keeps what a draw says."""
+
+    buffers = 2  # words and mask
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._by_chance = bool(setting.parameters["rescale"]) and not setting.mergekit
+        """Whether what is kept is divided by its chance to be."""
+        self._remembered: dict[int, Bits] = {}
+
+    @property
+    def resident(self) -> int:
+        """Count a bit an element."""
+        return -(-self.setting.numel // 8) * len(self._remembered)
+
+    def remember(self) -> None:
+        """Remember what is drawn from now on, unless it is too much."""
+        drawing = [model for model, density in enumerate(self.densities) if 0 < density < 1]
+        if len(drawing) * self.setting.numel <= 8 * _REMEMBERED:
+            self._remembered = {model: Bits(self.setting.numel) for model in drawing}
+
+    def forget(self) -> None:
+        """Draw again from now on: the same."""
+        for bits in self._remembered.values():
+            bits.clear()
 
     def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
-        """Zero what the draw drops; divide the rest by ``density`` where the paper's rescaling is asked for."""
+        """Zero what the draw drops; divide the rest by its chance where the paper's rescaling is asked for."""
         density = self.densities[model]
         if density >= 1:
             return
         if density <= 0:
             delta.zero_()
             return
+        bits = self._remembered.get(model)
+        mask = bits.get(start, delta.numel()) if bits else None
+        if mask is not None:
+            _keep(delta, mask)
+            return
         words = self.setting.words(model, start, delta.numel())
-        _keep(delta, words < np.uint32(min(round(density * 2**32), 2**32 - 1)))
-        if self.setting.parameters["rescale"] and not self.setting.mergekit:
-            delta.mul_(1 / density)
+        mask, chance = self.draw(model, delta, words)
+        if bits:
+            bits.put(start, mask)
+        _keep(delta, mask)
+        if self._by_chance:
+            delta.div_(chance)
+
+    def draw(self, model: int, delta: torch.Tensor, words: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Return which elements of a block are kept, and their chances (as far as somebody will ask for them)."""
+        raise NotImplementedError
 
 
-class MagPrune(Sparsifier):
-    """Keep each element with a probability that grows with its rank in its row, from ``density − ε`` to ``density + ε``."""
+class Bernoulli(Drawn):
+    """Keep each element with probability ``density``, whatever its magnitude."""
+
+    def draw(self, model: int, delta: torch.Tensor, words: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Compare with one threshold."""
+        density = self.densities[model]
+        mask = scratch("mask", delta.numel(), torch.bool).numpy()
+        return np.less(words, np.uint32(min(round(density * 2**32), 2**32 - 1)), out=mask), density
+
+
+class MagPrune(Drawn):
+    """Keep each element with a probability that grows with its rank in its row, from ``density − ε`` to ``density + ε``.
+
+    Of equal magnitudes, the one to the left has the lower rank where probabilities are asked for. Where they are not,
+    all of them are kept as the last of them is: that needs a row sorted, not the places of its elements.
+    """
+
+    buffers = 8
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -164,28 +274,50 @@ class MagPrune(Sparsifier):
         self._ranked = shape[1] if along_second else setting.row
         self.unit = max(math.prod(shape[1:]), 1) if along_second else setting.row
 
-    def sparsify(self, model: int, delta: torch.Tensor, start: int, found: Sequence[Any]) -> None:
-        """Zero what the draw drops; divide the rest by its probability where the paper's rescaling is asked for."""
-        density, epsilon = self.densities[model], self._epsilons[model]
-        if density >= 1:
-            return
-        if density <= 0:
-            delta.zero_()
-            return
-        length, dtype = self._ranked, delta.dtype
+    def draw(self, model: int, delta: torch.Tensor, words: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Compare each element's draw with its chance, or the other way round its magnitude with what its draw allows."""
+        length = self._ranked
         inner = self.unit // length
         rows = delta.view(-1, length, inner).transpose(1, 2).reshape(-1, length)
+        if not self._by_chance and length > 1 and inner == 1:
+            return self._above_limits(model, rows, words), None
+        chance = self._chances(model, rows).view(-1, inner, length).transpose(1, 2).reshape(-1)
+        uniform = scratch("uniform", delta.numel(), delta.dtype).numpy()
+        np.multiply(words, 2.0**-32, out=uniform, casting="same_kind")
+        mask = scratch("mask", delta.numel(), torch.bool).numpy()
+        return np.less(uniform, chance.numpy(), out=mask), chance
+
+    def _chances(self, model: int, rows: torch.Tensor) -> torch.Tensor:
+        length, dtype = self._ranked, rows.dtype
+        density, epsilon = self.densities[model], self._epsilons[model]
         span = torch.arange(length, dtype=torch.float64).mul_(2 * epsilon / (length - 1)) if length > 1 else epsilon
         by_rank = (torch.zeros(length, dtype=torch.float64) + (density - epsilon) + span).to(dtype)
-        chance = scratch("chance", delta.numel(), dtype).view(rows.shape)
-        chance.scatter_(1, _places(rows), by_rank.expand(rows.shape))
-        chance = chance.view(-1, inner, length).transpose(1, 2).reshape(-1)
-        words = self.setting.words(model, start, delta.numel())
-        uniform = scratch("uniform", delta.numel(), dtype).numpy()
-        np.multiply(words, 2.0**-32, out=uniform, casting="same_kind")
-        _keep(delta, uniform < chance.numpy())
-        if self.setting.parameters["rescale"] and not self.setting.mergekit:
-            delta.div_(chance)
+        chance = scratch("chance", rows.numel(), dtype).view(rows.shape)
+        return chance.scatter_(1, _places(rows), by_rank.expand(rows.shape))
+
+    def _above_limits(self, model: int, rows: torch.Tensor, words: np.ndarray) -> np.ndarray:
+        """Hold magnitudes against the least that is kept by each draw.
+
+        ``u < p − ε + 2ε r / (n − 1)`` is ``r > (u − p + ε)(n − 1) / 2ε``: an element is kept where its magnitude is
+        at least that of the first rank above this in its row. Above the last rank there is infinity.
+        """
+        count, length = rows.shape
+        least, width = self.densities[model] - self._epsilons[model], 2 * self._epsilons[model]
+        ordered = scratch("ordered", count * (length + 1), rows.dtype).view(count, length + 1)
+        magnitudes = torch.abs(rows, out=scratch("magnitudes", rows.numel(), rows.dtype).view(rows.shape))
+        ordered[:, length] = math.inf
+        # Bit patterns of positive numbers have their order, and integers are sorted faster.
+        integers = torch.int32 if rows.dtype == torch.float32 else torch.int64
+        ordered[:, :length].copy_(magnitudes).view(integers).numpy().sort(axis=1)
+        signed = np.bitwise_xor(words, np.uint32(1 << 31)).view(np.int32)  # u − ½, in units of 2⁻³²
+        first = scratch("first", rows.numel(), rows.dtype).copy_(torch.from_numpy(signed))
+        per_rank = (length - 1) / width
+        first.mul_(per_rank * 2.0**-32).add_((0.5 - least) * per_rank + 1).clamp_(0, length)
+        ranks = scratch("ranks", rows.numel(), torch.int64).copy_(first).view(rows.shape)
+        limits = torch.gather(ordered, 1, ranks, out=first.view(rows.shape))
+        mask: np.ndarray = scratch("mask", rows.numel(), torch.bool).numpy()
+        np.greater_equal(magnitudes.view(-1).numpy(), limits.view(-1).numpy(), out=mask)
+        return mask
 
 
 def _places(rows: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli import options, terminal
-from surgery.errors import UsageError, printable
+from surgery.cli import options, pushing, terminal
+from surgery.errors import printable
 from surgery.operations.add import add
 from surgery.sources.local import stem_of
 from surgery.tensor import human_bytes
@@ -16,7 +16,7 @@ from surgery.tensor import human_bytes
 @click.argument("checkpoint", type=click.Path())
 @click.option("--target", multiple=True, metavar="PATTERN",
               help="Modules to adapt: role:q, a word, a glob or re:REGEX; repeatable. The method's own by default.")  # fmt: skip
-@click.option("-p", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method: r=8; repeatable.")
+@options.settings
 @click.option("-o", "--output", "out", type=click.Path(), help="A folder; CHECKPOINT-METHOD by default.")
 @click.option("--dtype", type=click.Choice(["F32", "BF16", "F16"], case_sensitive=False), default="F32",
               show_default=True, help="Of the new tensors.")  # fmt: skip
@@ -25,6 +25,8 @@ from surgery.tensor import human_bytes
 @click.option("--names-in-memory", is_flag=True, help="Name modules as transformers calls them once loaded.")
 @options.overwrite
 @options.dry_run
+@options.push_to
+@options.no_cache
 @options.common
 def command(
     method: str, checkpoint: str, target: tuple[str, ...], settings: tuple[str, ...], out: str | None, dtype: str, seed: int,
@@ -42,31 +44,26 @@ def command(
     """
     added = add(
         checkpoint, method, target=target, dtype=dtype.upper(), seed=seed, base_name=base_name,
-        names_in_memory=names_in_memory, **_parsed(settings),
+        names_in_memory=names_in_memory, **options.parsed_settings(settings),
     )  # fmt: skip
     out = out or f"{stem_of(checkpoint)}-{method}"
+    pushed = None
     if not dry_run:
+        to = pushing.look()
         added.save(out, overwrite=overwrite)
+        pushed = pushing.push(out, to, quiet=quiet or as_json, progress="none")
     if as_json:
-        terminal.document({**added.document_of(), "out": None if dry_run else out})
+        more = {"pushed": pushed} if pushed else {}
+        terminal.document({**added.document_of(), "out": None if dry_run else out, **more})
         return
     if quiet:
-        click.echo(str(added.parameters) if dry_run else printable(out))
+        click.echo(str(added.parameters) if dry_run else printable(pushed or out))
         return
-    if dry_run and added.chosen:
+    if added.chosen:
         terminal.table(added.table())
     where = f"would write {printable(out)}" if dry_run else f"wrote {printable(out)}"
     size = f"{added.parameters:,} parameters; {len(added.tensors):,} new tensors, {human_bytes(added.nbytes)}"
     click.echo(f"{where} ({size})")
+    if pushed:
+        click.echo(f"pushed to {printable(pushed)}")
     terminal.notes([*added.notes, *(() if added.addition.unchanged else ("the model's function changes at once",))])
-
-
-def _parsed(settings: tuple[str, ...]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"-p takes KEY=VALUE, not {text!r}")
-        if found.setdefault(key, value) != value:
-            raise UsageError(f"-p gives {key} twice")
-    return found

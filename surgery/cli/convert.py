@@ -23,6 +23,7 @@ from surgery.operations.convert import convert
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     checkpoint: str, dtype: str | None, drop: tuple[str, ...], rename: tuple[str, ...], allow_nonfinite: bool, out: str,

@@ -26,6 +26,7 @@ from surgery.tensor import human_bytes
 @options.jobs
 @options.dry_run
 @options.progress
+@options.no_cache
 @options.common
 @click.pass_context
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from surgery.cli import options, terminal
 from surgery.errors import printable
 from surgery.exact import Delta
 from surgery.operations.delta_report import describe
+from surgery.report import Table
 from surgery.tensor import human_bytes
 
 
@@ -28,11 +30,13 @@ from surgery.tensor import human_bytes
 @options.rename
 @options.jobs
 @options.overwrite
+@options.dry_run
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, reversible: bool, rename: tuple[str, ...], jobs: int | None,
-    overwrite: bool, progress: str, as_json: bool, quiet: bool,
+    overwrite: bool, dry_run: bool, progress: str, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Keep FT, a fine-tune of BASE, as what differs from it: BASE and the delta give FT back bit for bit.
 
@@ -50,6 +54,9 @@ def command(
     from surgery.exact import SUFFIX, delta_output
     from surgery.operations.extract_delta import default_stem, extract_delta, extract_deltas
 
+    if dry_run:
+        _outline(base, tuned, reversible, rename, as_json=as_json)
+        return
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
     began = time.monotonic()
     if len(tuned) > 1:
@@ -68,6 +75,24 @@ def command(
         delta.save(out, overwrite=overwrite)
         found = [(out, delta)]
     _show(found, time.monotonic() - began, as_json=as_json, quiet=quiet)
+
+
+def _outline(base: str, tuned: Sequence[str], reversible: bool, rename: Sequence[str], *, as_json: bool) -> None:
+    """Print what would be done, a line or an entry a fine-tune."""
+    from surgery.operations.delta_outline import outline_delta
+
+    found = {each: outline_delta(base, each, reversible=reversible, rename=rename) for each in tuned}
+    if as_json:
+        deltas = [{"tuned": each, **dataclasses.asdict(outline)} for each, outline in found.items()]
+        terminal.document({"schema": "surgery.plan/1", "operation": "extract-delta", "deltas": deltas})
+        return
+    rows = tuple(
+        (printable(each), f"{o.compared:,}", f"{o.whole:,}", f"{o.removed:,}", human_bytes(o.bytes_read),
+         human_bytes(o.bytes_written))
+        for each, o in found.items()
+    )  # fmt: skip
+    columns = ("fine-tune", "tensors to compare", "to store whole", "of the base alone", "reads", "writes at most")
+    terminal.table(Table("What would be done", columns, rows))
 
 
 def _show(found: Sequence[tuple[str, Delta]], seconds: float, *, as_json: bool, quiet: bool) -> None:

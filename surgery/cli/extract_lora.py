@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options, terminal
+from surgery.cli import options, pushing, terminal
 from surgery.errors import printable
 from surgery.formats.servers import SERVERS
 from surgery.report import join_shown, percent
@@ -89,10 +89,12 @@ class Rank(click.ParamType[int | str]):
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For random starts.")
 @options.rename
-@options.jobs
+@options.resources
 @options.overwrite
 @options.dry_run
+@options.push_to
 @options.progress
+@options.no_cache
 @options.common
 def command(
     base: str, tuned: tuple[str, ...], out: str | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool,
@@ -113,6 +115,8 @@ def command(
     options["dtype"] = options["dtype"].upper() if options["dtype"] else None
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
     if len(tuned) > 1:
+        if pushing.look() is not None:
+            raise click.UsageError("--push-to takes one adapter; push them one by one")
         if out is None or dry_run:
             what = "a folder for their adapters" if out is None else "no --dry-run, which is for one at a time"
             raise click.UsageError(f"several fine-tunes need {what}: -o DIR")
@@ -127,16 +131,21 @@ def command(
         _print_plan(extraction, out, as_json)
         return
     extraction.check_output(out, overwrite=overwrite)
+    to = pushing.look()
     began = time.monotonic()
     adapter = extraction.run(watcher)
     adapter.save(out, overwrite=overwrite)
     seconds = time.monotonic() - began
+    pushed = pushing.push(out, to, quiet=quiet or as_json, progress=progress)
     if as_json:
-        terminal.document({**_document(adapter, out), "seconds": round(seconds, 3)})
+        more = {"pushed": pushed} if pushed else {}
+        terminal.document({**_document(adapter, out), "seconds": round(seconds, 3), **more})
     elif quiet:
-        click.echo(printable(out))
+        click.echo(printable(pushed or out))
     else:
         _show(adapter, out, seconds)
+        if pushed:
+            click.echo(f"pushed to {printable(pushed)}")
 
 
 def _document(adapter: Adapter, out: str) -> dict[str, Any]:

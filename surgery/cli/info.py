@@ -13,6 +13,7 @@ from surgery.operations.info import Info, info
 @click.argument("checkpoint", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--roles", is_flag=True, help="Show what each tensor is taken for; role:NAME in patterns chooses by it.")
+@options.no_cache
 @options.common
 def command(checkpoint: str, tensors: bool, roles: bool, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, dtypes, shapes, parameters, bytes.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -25,23 +27,49 @@ COMMANDS = {
     "merge": "Merge adapters into a base, or models by an algorithm.",
     "algorithms": "List what models can be merged by.",
     "add": "Give a model the new parameters of a PEFT method.",
+    "remove": "Take a PEFT method's parameters out of a checkpoint.",
     "methods": "Show what each PEFT method would cost on a model.",
-    "plan": "Show what a recipe would do.",
+    "plan": "Show what a merge or a recipe would do.",
     "run": "Run a saved plan, or one part of it.",
     "unmerge": "Take an adapter out of a merged checkpoint again.",
     "convert": "Cast, reshard, rename, drop; turn pickles into safetensors.",
+    "push": "Put a model, adapter or delta on the Hugging Face Hub.",
     "verify": "Check a checkpoint, adapter or delta against its own record, or a server.",
 }
 """Every command and its one line of help, in the order of ``--help``; the modules are imported when they are run."""
 
 RECIPES = (".yml", ".yaml")
-"""What a recipe's name ends in: ``merge`` takes one in place of models."""
+"""What a recipe's name ends in."""
+TAKE_RECIPES = ("merge", "plan")
+"""Commands that take a recipe in place of models; a module of its own handles it, ``NAME_recipe``."""
 
 INTERNAL_ERROR, INTERRUPTED, TERMINATED = 70, 130, 143
 
 
+class _ReaderGone(Exception):
+    """Whoever read our output has gone, as ``head`` does. click would make exit code 1 of the ``OSError``."""
+
+
+@contextlib.contextmanager
+def _telling_a_reader_gone() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _ReaderGone from None
+
+
 class LazyGroup(click.Group):
     """A group that imports a command only when it is asked for."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse; ``--help`` prints here."""
+        with _telling_a_reader_gone():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _telling_a_reader_gone():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands in the order people meet them."""
@@ -65,8 +93,9 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(args[0].replace("_", "-"), COMMANDS, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
-        if args[:1] == ["merge"] and any(word.endswith(RECIPES) for word in args[1:] if not word.startswith("-")):
-            return "merge", importlib.import_module("surgery.cli.merge_recipe").command, args[1:]
+        name, *rest = args or [""]
+        if name in TAKE_RECIPES and any(word.endswith(RECIPES) for word in rest if not word.startswith("-")):
+            return name, importlib.import_module(f"surgery.cli.{name}_recipe").command, rest
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -89,11 +118,12 @@ def surgery() -> None:
       surgery merge base ft-lora-r8 -o merged   the adapter in the weights
       surgery unmerge merged ft-lora-r8 -o base2
 
-    A checkpoint is a folder, a .safetensors, .bin or .pt file. Results go to stdout, talk to stderr.
+    A checkpoint is a folder, a .safetensors, .bin or .pt file, or hf://org/name@revision on the Hub. Results go to stdout,
+    talk to stderr.
 
     Exit codes: 0 done, 1 differs (diff --exit-code), 2 usage, 3 malformed file, 4 inputs that do not belong together,
-    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 10 verification failed, 70 a bug,
-    130 interrupted.
+    5 unsafe file, 6 NaN, Inf or overflow, 7 output, 8 reading or writing failed, 9 the Hub refused or did not answer,
+    10 verification failed, 70 a bug, 130 interrupted.
     """
 
 
@@ -101,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    # Importing torch makes half a million objects that stay: looking them through for cycles again and again, as
+    # collections of 700 would, is a tenth of that time.
+    gc.set_threshold(100_000, 50, 50)
     signal.signal(signal.SIGTERM, _terminate)
     _interrupts.clear()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has us ignore it
@@ -108,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = surgery.main(list(arguments), prog_name="surgery", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not complain about it at exit.
+    except (_ReaderGone, BrokenPipeError):
+        # Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place where every error ends
@@ -150,7 +183,8 @@ def _report(error: BaseException) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    click.echo(f"surgery: error: {printable(line)}", err=True)
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"surgery: error: {printable(line)}", err=True)
     return code
 
 

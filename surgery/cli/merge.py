@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -11,51 +12,54 @@ from surgery.cli import options
 from surgery.cli.writing import write
 from surgery.errors import UsageError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def accept(function: F) -> F:
+    """Add what says which merge it is to a command: everything but the output and the resources."""
+    for option in reversed(
+        [
+            click.argument("base", type=click.Path()),
+            click.argument("others", type=click.Path(), nargs=-1, required=True),
+            click.option("--algorithm", "--method", "algorithm", metavar="NAME",
+                         help="Merge models: surgery algorithms lists how."),
+            click.option("--coeff", type=float, multiple=True, metavar="C",
+                         help="Once for all, or once for each; 1 by default, any sign."),
+            click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE",
+                         help="A parameter of the algorithm; repeated, or NAME=V,V, one value a model."),
+            click.option("--compat", type=click.Choice(COMPAT), default="paper", show_default=True,
+                         help="Whose semantics, where mergekit's differ from the paper's."),
+            click.option("--seed", type=int, default=0, show_default=True, help="For algorithms that draw random numbers."),
+            click.option("--dtype", metavar="DTYPE",
+                         help="F64, F32, BF16 or F16, of merged weights; the first input's by default."),
+            click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without."),
+            click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
+                         help="What to do with a tensor that some input lacks."),
+            options.name_map,
+            options.allow_base_mismatch,
+            click.option("--reverse", is_flag=True,
+                         help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."),
+            click.option("--allow-incomplete", is_flag=True,
+                         help="Merge an adapter that lacks modules its configuration names."),
+            options.allow_nonfinite,
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
 
 @click.command("merge", short_help="Merge adapters into a base, or models by an algorithm.")
-@click.argument("base", type=click.Path())
-@click.argument("others", type=click.Path(), nargs=-1, required=True)
-@click.option(
-    "--algorithm", "--method", "algorithm", metavar="NAME", help="Merge models: surgery algorithms lists how."
-)
-@click.option(
-    "--coeff",
-    type=float,
-    multiple=True,
-    metavar="C",
-    help="Once for all, or once for each; 1 by default, any sign.",
-)
-@click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE",
-              help="A parameter of the algorithm; repeated, or NAME=V,V, one value a model.")  # fmt: skip
-@click.option("--compat", type=click.Choice(COMPAT), default="paper", show_default=True,
-              help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="For algorithms that draw random numbers.")
-@click.option(
-    "--dtype", metavar="DTYPE", help="F64, F32, BF16 or F16, of merged weights; the first input's by default."
-)
-@click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without.")
-@click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
-              help="What to do with a tensor that some input lacks.")  # fmt: skip
-@options.name_map
-@click.option(
-    "--allow-base-mismatch", is_flag=True, help="Merge although an adapter was taken from another base, or is in there."
-)
-@click.option(
-    "--reverse", is_flag=True, help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."
-)
-@click.option("--allow-incomplete", is_flag=True, help="Merge an adapter that lacks modules its configuration names.")
-@options.allow_nonfinite
+@accept
 @options.writing
 @options.restart
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
-    base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
-    compat: str, seed: int, dtype: str | None, with_base: bool, missing: Any, name_map: dict[str, str] | None,
-    allow_base_mismatch: bool, allow_incomplete: bool, allow_nonfinite: bool, reverse: bool, out: str, overwrite: bool, dry_run: bool, restart: bool,
-    max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool, quiet: bool, progress: str,
+    out: str, overwrite: bool, dry_run: bool, restart: bool, max_shard_size: int | None, jobs: int | None,
+    max_memory: int | None, as_json: bool, quiet: bool, progress: str, **merge: Any,
 ) -> None:  # fmt: skip
     """Merge OTHERS into BASE: adapters, or with --algorithm models.
 
@@ -65,8 +69,8 @@ def command(
 
     An exact delta (surgery extract-delta): the fine-tune is restored bit for bit; any other base is refused.
 
-    Models: every tensor is merged by the algorithm, rounded once. Algorithms that need no base take BASE as their first
-    model.
+    Models: every tensor is merged by the algorithm, rounded once. Adapters and exact deltas stand for BASE with them.
+    Algorithms that need no base take BASE as their first model.
 
     \b
       surgery merge base adapter -o merged
@@ -74,23 +78,34 @@ def command(
       surgery merge base style --coeff -1 -o negated
       surgery merge base task.delta -o ft
       surgery merge base ft1 ft2 --algorithm ties -p density=0.5 -o merged
+      surgery merge base ft1 task.delta adapter --algorithm ties -o merged
       surgery merge ft1 ft2 --algorithm linear -o average
       surgery merge recipe.yml -o merged             see surgery merge recipe.yml --help
+    """
+    described = describe(**merge)
+    from surgery.operations.planned import planned  # brings torch, which --help must not pay for
+
+    write(planned(described), out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
+          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip
+
+
+def describe(
+    *, base: str, others: tuple[str, ...], algorithm: str | None, coeff: tuple[float, ...], given: tuple[str, ...],
+    with_base: bool, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Say what a command line merges, as :data:`surgery.formats.run_plan.MODELS`.
+
+    Raises:
+        UsageError: an option without its algorithm, or a parameter that the algorithm does not take.
     """
     parameters = _parameters(algorithm, given)
     if coeff:
         parameters["coeff"] = list(coeff) if len(coeff) > 1 else coeff[0]
-    if not algorithm and (dtype or with_base):
+    if not algorithm and (more["dtype"] or with_base):
         raise UsageError("--dtype and --with-base belong to an algorithm", mend="name one: --algorithm ties")
-    from surgery.operations.merge import merge  # brings torch, which --help must not pay for
-
-    merged = merge(
-        base, *others, algorithm=algorithm, name_map=name_map,
-        allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete, allow_nonfinite=allow_nonfinite,
-        with_base=with_base or None, dtype=dtype, compat=compat, seed=seed, missing=missing, reverse=reverse, **parameters,
-    )  # fmt: skip
-    write(merged, out, "merge", overwrite=overwrite, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
-          max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, restart=restart)  # fmt: skip
+    return {
+        "inputs": [base, *others], "algorithm": algorithm, "parameters": parameters, "with_base": with_base or None, **more,
+    }  # fmt: skip
 
 
 def _parameters(algorithm: str | None, given: tuple[str, ...]) -> dict[str, Any]:

@@ -19,19 +19,23 @@ from surgery.formats.tokenizer import FILE_STARTS
 @click.option("-o", "--output", "out", type=click.Path(), help="A folder; one file where it ends in .safetensors.")
 @options.overwrite
 @options.dry_run
+@options.push_to
+@options.stream
 @options.restart
 @click.option("--compat", type=click.Choice(COMPAT), default="mergekit", show_default=True,
               help="Whose semantics, where mergekit's differ from the paper's.")  # fmt: skip
 @click.option("--seed", type=int, help="For algorithms that draw random numbers; 0 by default.")
+@options.allow_base_mismatch
 @options.allow_nonfinite
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 @mergekit_flags.accept
 def command(
     recipe: str, folder: str | None, out: str | None, overwrite: bool, dry_run: bool, restart: bool, compat: str, seed: int | None,
-    allow_nonfinite: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
+    allow_base_mismatch: bool, allow_nonfinite: bool, max_shard_size: int | None, jobs: int | None, max_memory: int | None, as_json: bool,
     quiet: bool, progress: str, **flags: Any,
 ) -> None:  # fmt: skip
     """Merge as RECIPE, a YAML file in mergekit's language, says; write to FOLDER or -o.
@@ -49,7 +53,9 @@ def command(
     from surgery.operations.recipe import merge_recipe  # brings torch, which --help must not pay for
 
     chosen = next((number for number in (seed, flags["random_seed"]) if number is not None), 0)
-    merged = merge_recipe(recipe, compat=compat, seed=chosen, allow_nonfinite=allow_nonfinite)
+    merged = merge_recipe(
+        recipe, compat=compat, seed=chosen, allow_base_mismatch=allow_base_mismatch, allow_nonfinite=allow_nonfinite
+    )
     if not flags["copy_tokenizer"]:
         merged.side_files = {name: path for name, path in merged.side_files.items() if not name.startswith(FILE_STARTS)}
     merged.notes += notes
@@ -60,6 +66,8 @@ def command(
 
 def _target(*given: str | None) -> str:
     named = [path for path in given if path is not None]
+    if click.get_current_context().meta.get("surgery.stream"):
+        named.append("")  # it goes to the Hub as it is made
     if len(named) != 1:
         raise UsageError("the output is named twice" if named else "no output is named", mend="say -o FOLDER once")
     return named[0]

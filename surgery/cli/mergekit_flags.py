@@ -39,6 +39,16 @@ VALUES: Mapping[str, str] = {
     "intermediate-dir": "stages are never written",
 }
 """Flags with a value, and why they mean nothing here."""
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "unsafe-truncate-embeddings": ("would cut rows off", "let the recipe choose a tokenizer: tokenizer_source"),
+    "tensor-union": ("would merge a tensor from those models alone that have it", "give every model all tensors"),
+    "tensor-intersection": ("would leave out what a model lacks", "drop it from the others: surgery convert --drop"),
+}
+"""Switches that would change the result: what they would do, and what to do in their place."""
+SHORT: Mapping[str, tuple[str]] = {
+    "intermediate-dir": ("-I",), "tensor-union": ("-u",), "tensor-intersection": ("-i",),
+}  # fmt: skip
+"""Flags that have a short form in one of mergekit's commands."""
 
 
 class Kmb(click.ParamType[int]):
@@ -59,30 +69,28 @@ class Kmb(click.ParamType[int]):
 
 def accept(function: F) -> F:
     """Add all of mergekit's flags to a command, hidden; they arrive as keyword arguments."""
-    for name in SWITCHES:
-        function = click.option(f"--{name}/--no-{name}", default=None, hidden=True)(function)
+    for name in (*SWITCHES, *REFUSED):
+        function = click.option(f"--{name}/--no-{name}", *SHORT.get(name, ()), default=None, hidden=True)(function)
     for name in VALUES:
-        function = click.option(f"--{name}", hidden=True)(function)
+        function = click.option(f"--{name}", *SHORT.get(name, ()), hidden=True)(function)
     function = click.option("-v", "--verbose", "verbosity", count=True, hidden=True)(function)
+    function = click.option("--no-quiet", "loud", is_flag=True, hidden=True)(function)
     function = click.option("--out-shard-size", type=Kmb(), hidden=True)(function)
     function = click.option("--out-path", type=click.Path(), hidden=True)(function)
     function = click.option("--random-seed", type=int, hidden=True)(function)
-    function = click.option("--num-threads", type=click.IntRange(min=1), hidden=True)(function)
-    function = click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, hidden=True)(function)
-    return click.option("--unsafe-truncate-embeddings", is_flag=True, hidden=True)(function)
+    function = click.option("-j", "--num-threads", type=click.IntRange(min=1), hidden=True)(function)
+    return click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, hidden=True)(function)
 
 
 def notes(given: Mapping[str, Any]) -> list[str]:
     """Say of every flag that was given and means nothing why that is so.
 
     Raises:
-        UsageError: a flag that would cut embeddings.
+        UsageError: a flag that would change the result in a way that surgery does not offer.
     """
-    if given["unsafe_truncate_embeddings"]:
-        raise UsageError(
-            "--unsafe-truncate-embeddings would cut rows off",
-            mend="let the recipe choose a tokenizer: tokenizer_source",
-        )
+    for name, (what, mend) in REFUSED.items():
+        if given[name.replace("-", "_")]:
+            raise UsageError(f"--{name} {what}", mend=mend)
     return [
         f"--{name} means nothing here: {why}"
         for name, why in {**SWITCHES, **VALUES}.items()

@@ -13,6 +13,7 @@ from surgery.operations.methods import methods, published_document, published_ta
 @click.command("methods", short_help="Show what each PEFT method would cost on a model.")
 @click.argument("checkpoint", type=click.Path(), required=False)
 @click.option("--published", is_flag=True, help="Recompute published counts from shapes; takes no checkpoint.")
+@options.no_cache
 @options.common
 def command(checkpoint: str | None, published: bool, as_json: bool, quiet: bool) -> None:
     """Show what every method of surgery add would cost on CHECKPOINT, with its default settings.

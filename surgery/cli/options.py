@@ -2,8 +2,10 @@
 
 ========================  =============================================================
 ``common``                every command: ``--json``, ``-q``, ``--debug``
+``no_cache``              commands that take ``hf://`` references: ``--no-cache``
 ``progress``              commands that read data
-``writing``               commands that write: ``-o``, ``--overwrite``, ``--dry-run``
+``push_to``               commands that write: ``--push-to``, ``--public``; read by ``cli/pushing``
+``writing``               commands that write a checkpoint: ``-o``, ``--overwrite``, ``--dry-run``, and ``push_to``
 ``resources``             ``--jobs``, ``--max-memory``
 ``sharding``              ``--max-shard-size``
 ========================  =============================================================
@@ -77,13 +79,49 @@ progress = click.option(
     help="A bar on a terminal, a line a shard elsewhere.",
 )
 
-output = click.option("-o", "--output", "out", type=click.Path(), required=True,
+
+def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Keep a value for ``cli/pushing``, which every command that writes calls."""
+    ctx.meta[f"surgery.{param.name}"] = value
+
+
+def _require_output(ctx: click.Context, _param: click.Parameter, value: str | None) -> str:
+    """Do without an output only where it goes to the Hub as it is made."""
+    streamed = ctx.meta.get("surgery.stream")
+    if (value is None) != bool(streamed):
+        what = "--stream writes nothing here" if streamed else "no output is named"
+        raise click.UsageError(f"{what}: {'drop' if streamed else 'say'} -o FOLDER", ctx)
+    return value or ""
+
+
+output = click.option("-o", "--output", "out", type=click.Path(), callback=_require_output,
                       help="A folder; one file where it ends in .safetensors.")  # fmt: skip
+stream = click.option("--stream", is_flag=True, is_eager=True, expose_value=False, callback=_keep,
+                      help="With --push-to, and no -o: push each file as it is made, and keep none here.")  # fmt: skip
 
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one atomic exchange.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
 restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
-writing = _stack(output, overwrite, dry_run)
+
+push_to = _stack(
+    click.option("--push-to", metavar="ORG/NAME", expose_value=False, callback=_keep,
+                 help="Then push it to this repository on the Hub, private unless --public."),
+    click.option("--public", is_flag=True, expose_value=False, callback=_keep, help="With --push-to: a public one."),
+)  # fmt: skip
+writing = _stack(output, overwrite, dry_run, push_to, stream)
+
+
+def _leave_cache_alone(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from surgery.sources import hub
+
+        hub.leave_cache_alone()
+
+
+no_cache = click.option(
+    "--no-cache", is_flag=True, expose_value=False, callback=_leave_cache_alone,
+    help="Neither read from the Hugging Face cache nor fill it.",
+)  # fmt: skip
 
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",
                     help="Threads; all cores by default. The bytes written do not depend on it.")  # fmt: skip
@@ -92,7 +130,28 @@ resources = _stack(jobs, max_memory)
 
 sharding = click.option("--max-shard-size", type=Size(), help="As 5GB; the input's own files are kept by default.")
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Let NaN, Inf and overflow through.")
+allow_base_mismatch = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Merge although an adapter was taken from another base, or is in there."
+)
 name_map = click.option("--name-map", type=NameMap(), metavar="FILE",
                         help="JSON: names in the adapter → names in the checkpoint.")  # fmt: skip
 rename = click.option("--rename", multiple=True, metavar="OLD=NEW",
                       help="Rename a tensor, or a prefix that ends at a dot; repeatable.")  # fmt: skip
+settings = click.option("-p", "settings", multiple=True, metavar="KEY=VALUE",
+                        help="A setting of the method: r=8; repeatable.")  # fmt: skip
+
+
+def parsed_settings(texts: tuple[str, ...]) -> dict[str, str]:
+    """Split ``-p``'s values.
+
+    Raises:
+        UsageError: one is not ``KEY=VALUE``, or a key has two values.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-p takes KEY=VALUE, not {text!r}")
+        if found.setdefault(key, value) != value:
+            raise UsageError(f"-p gives {key} twice")
+    return found

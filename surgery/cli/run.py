@@ -33,11 +33,13 @@ class Share(click.ParamType[tuple[int, int]]):
 @click.argument("plan", type=click.Path())
 @click.option("--job", "share", type=Share(), metavar="K/N", help="Make the K-th of N parts of the files.")
 @click.option("--finish", is_flag=True, help="Publish, once all parts are made.")
+@options.dry_run
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
-    plan: str, share: tuple[int, int] | None, finish: bool, jobs: int | None, max_memory: int | None, as_json: bool,
+    plan: str, share: tuple[int, int] | None, finish: bool, dry_run: bool, jobs: int | None, max_memory: int | None, as_json: bool,
     quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Run PLAN, which surgery plan --plan-out saved, on any machine that sees the same files by the same paths.
@@ -57,15 +59,17 @@ def command(
         saved = run_plan.parse(local.read_small(path))
     except SurgeryError as error:
         raise error.at(file=path) from None
-    from surgery.operations.recipe import merge_recipe  # brings torch, which --help must not pay for
+    from surgery.operations.planned import planned  # brings torch, which --help must not pay for
 
-    merged = merge_recipe(
-        saved.recipe.encode(), compat=saved.compat, seed=saved.seed, allow_nonfinite=saved.allow_nonfinite
-    )
+    merged = planned(saved.merge)
     if merged.digest(max_shard_size=saved.max_shard_size) != saved.digest:
         raise MismatchError("an input, or surgery itself, is not as it was planned", file=path, mend="plan again")
+    if dry_run and share is not None:
+        plan_of_all = merged.plan(max_shard_size=saved.max_shard_size, jobs=jobs, max_memory=max_memory)
+        terminal.plan(plan_of_all.part(share), as_json=as_json, verb="run")
+        return
     if share is None:
-        write(merged, saved.out, "run", overwrite=saved.overwrite, dry_run=False, max_shard_size=saved.max_shard_size,
+        write(merged, saved.out, "run", overwrite=saved.overwrite, dry_run=dry_run, max_shard_size=saved.max_shard_size,
               jobs=jobs, max_memory=max_memory, as_json=as_json, quiet=quiet, progress=progress, finish=finish)  # fmt: skip
         return
     files = merged.save_share(

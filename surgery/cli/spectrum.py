@@ -20,6 +20,7 @@ from surgery.cli import options, terminal
 @options.rename
 @options.jobs
 @options.progress
+@options.no_cache
 @options.common
 def command(base: str, ft: str, as_csv: bool, as_json: bool, quiet: bool, progress: str, **arguments: Any) -> None:
     """Show for every matrix that FT, a fine-tune of BASE, changed what its rank is.

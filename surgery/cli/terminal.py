@@ -5,6 +5,7 @@ Results go to stdout, talk to stderr. Colour and bars appear on terminals only, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -38,8 +39,9 @@ def _finite(value: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Say something to the person, on stderr."""
-    click.echo(printable(text), err=True)
+    """Say something to the person, on stderr. Where nobody listens any more, work goes on in silence."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(printable(text), err=True)
 
 
 def notes(lines: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from surgery.cli.writing import write
 @options.sharding
 @options.resources
 @options.progress
+@options.no_cache
 @options.common
 def command(
     merged: str, adapter: str, base: str | None, coeff: float | None, name_map: dict[str, str] | None, out: str, overwrite: bool, dry_run: bool,

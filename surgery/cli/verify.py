@@ -18,6 +18,7 @@ from surgery.operations.verify import verify
               help="With --for: the rank that vLLM or SGLang is started with.")  # fmt: skip
 @options.jobs
 @options.progress
+@options.no_cache
 @options.common
 def command(
     path: str,

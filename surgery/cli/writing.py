@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import click
 
 from surgery.checkpoint import Checkpoint
-from surgery.cli import terminal
+from surgery.cli import pushing, terminal
 from surgery.errors import printable
+from surgery.plan import Plan
 from surgery.tensor import human_bytes
 
 
@@ -29,30 +31,53 @@ def write(
     finish: bool = False,
 ) -> None:
     """Save a lazy checkpoint and report, or print its plan."""
-    plan = checkpoint.plan(out, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+    plan = checkpoint.plan(out or None, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
     if dry_run:
         terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
         return
+    to = pushing.look()
     began = time.monotonic()
+    if not out:
+        done = pushing.stream(
+            checkpoint, to, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
+            progress=terminal.watcher(progress, quiet=quiet, what=verb),
+        )  # fmt: skip
+        _say_streamed(done, plan, time.monotonic() - began, as_json=as_json, quiet=quiet, notes=checkpoint.notes)
+        return
     record = checkpoint.save(
         out, overwrite=overwrite, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
         restart=restart, finish=finish, progress=terminal.watcher(progress, quiet=quiet, what=verb),
     )  # fmt: skip
     seconds = time.monotonic() - began
     nbytes = sum(file.size for file in plan.files)
+    pushed = pushing.push(out, to, quiet=quiet or as_json, progress=progress)
     if as_json:
         head = {key: value for key, value in record.items() if key not in ("schema", "tensors")}
         terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": nbytes,
-                           "seconds": round(seconds, 3), "notes": checkpoint.notes, **head})  # fmt: skip
+                           "seconds": round(seconds, 3), "notes": checkpoint.notes, **({"pushed": pushed} if pushed else {}), **head})  # fmt: skip
     elif quiet:
-        click.echo(printable(out))
+        click.echo(printable(pushed or out))
     else:
         done = ", ".join(f"{count:,} {kind}" for kind, count in plan.counts.items() if count)
         files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
         click.echo(f"wrote {printable(out)} ({human_bytes(nbytes)} in {files}; tensors: {done}) in {seconds:.1f} s")
+        if pushed:
+            click.echo(f"pushed to {printable(pushed)}")
         restored = record.get("restored")
         if restored and restored["proven_exact"]:  # none where no record says what the base was
             click.echo(
                 f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
             )
         terminal.notes(checkpoint.notes)
+
+
+def _say_streamed(url: str, plan: Plan, seconds: float, *, as_json: bool, quiet: bool, notes: Sequence[str]) -> None:
+    if as_json:
+        terminal.document({"schema": "surgery.push/1", "pushed": url, "tensors": dict(plan.counts),
+                           "bytes": sum(file.size for file in plan.files), "seconds": round(seconds, 3), "notes": list(notes)})  # fmt: skip
+    elif quiet:
+        click.echo(printable(url))
+    else:
+        nbytes = human_bytes(sum(file.size for file in plan.files))
+        click.echo(f"pushed {nbytes} as they were made to {printable(url)} in {seconds:.1f} s")
+        terminal.notes(notes)

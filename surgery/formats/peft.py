@@ -30,7 +30,7 @@ HARMLESS = {
     "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "use_dora", "lora_bias",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "target_parameters", "surgery",
 }  # fmt: skip
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 NOT_YET = {
     "alora_invocation_tokens": "activated LoRA acts only on some tokens, so it cannot be merged",
     "layer_replication": "its layers share base weights, so it cannot be merged",
@@ -103,13 +103,13 @@ def parse_config(document: Mapping[str, Any]) -> LoraConfig:
     kind = document["peft_type"]
     if kind != "LORA":
         raise UnsupportedError(
-            f"peft_type {kind!r} cannot be merged yet, only LORA (with its DoRA and rsLoRA variants)"
+            f"peft_type {kind!r} cannot be merged yet, only LORA (with DoRA and rsLoRA), IA3 and LN_TUNING"
         )
     for name, why in NOT_YET.items():
         if document.get(name):
             raise UnsupportedError(f"{name} is set: {why}")
     start = document.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_MUTATING_INITS):
+    if isinstance(start, str) and start.startswith(MUTATING_INITS):
         raise UnsupportedError(
             f"init_lora_weights is {start!r}: it belongs to a base that PEFT changes at load",
             mend="save it with path_initial_model_for_weight_conversion",
@@ -382,8 +382,9 @@ def task_type(config: Mapping[str, Any] | None) -> str | None:
     for suffix, task in known.items():
         if architectures[0].endswith(suffix):
             return task
-    if architectures[0].endswith("ForConditionalGeneration") and (config or {}).get("is_encoder_decoder"):
-        return "SEQ_2_SEQ_LM"
+    seen = any(key in (config or {}) for key in ("num_mel_bins", "input_feat_per_channel", "vision_config", "encoder"))
+    if architectures[0].endswith("ForConditionalGeneration") and (config or {}).get("is_encoder_decoder") and not seen:
+        return "SEQ_2_SEQ_LM"  # whose wrapper feeds tokens: what hears or sees is loaded by the plain one
     return "FEATURE_EXTRACTION" if architectures[0].endswith("Model") else None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.errors import MismatchError, UsageError
 from surgery.formats import peft
+from surgery.methods import experts
 from surgery.methods.addition import Addition, New
 from surgery.methods.model import Model
 from surgery.methods.starts import ZEROS, Normal, Norms, kaiming_uniform
@@ -17,7 +19,8 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
     ``r (in + out)`` parameters a weight. A is Kaiming-uniform and B zero, so that ``ΔW = 0``. DoRA adds the magnitude
     ``m (out,)``, the norms of W's rows: ``W' = m / ‖W + ΔW‖ ∘ (W + ΔW)``. Embeddings: ``A (r, rows)`` starts at zero
-    and B is normal, as PEFT has it. Convolutions: ``A (r, in, k…)``, ``B (out, r, 1…)``.
+    and B is normal, as PEFT has it. Convolutions: ``A (r, in, k…)``, ``B (out, r, 1…)``. Fused experts: ``A (E·r, in)``,
+    ``B (out, r·E)``, a pair of factors an expert.
 
     Args:
         model: the model's header.
@@ -26,7 +29,7 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
     Raises:
         MismatchError: a 1-D target, or a rank larger than the matrix.
-        UnsupportedError: experts.
+        UnsupportedError: a bare parameter that is not of experts.
 
     >>> from surgery.tensor import TensorSpec
     >>> names = ["h.0.q_proj.weight", "h.0.v_proj.weight"]
@@ -43,16 +46,22 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
     rank, dora = settings["r"], settings["dora"]
     if rank < 1:
         raise UsageError(f"r must be at least 1, not {rank}")
+    fused = experts.fused(model, chosen)
+    if dora and fused:
+        raise MismatchError("is of experts: DoRA is for linear weights", tensor=fused[0], mend="leave it out")
+    notes = (*notes, *experts.check_single(model, chosen))
     new: list[New] = []
     for name in chosen:
-        new += _factors(model, name, rank, dora)
+        new += experts.factors(model, name, rank, fused) if name in fused else _factors(model, name, rank, dora)
+    _check_rank(model, chosen, fused, rank)
     heads, head = model.task_head(peft.PREFIX)
     _refuse_heads(chosen, model, heads)
-    modules = [model.module(name) for name in chosen]
-    transposed = [name in model.transposed for name in chosen]
+    matrices = [name for name in chosen if name not in fused]
+    modules = [model.module(name) for name in matrices]
     config = peft.lora_config(
         r=rank, targets=peft.target_modules(modules, model.modules), ranks={}, base_name=None, task=model.task,
-        modules_to_save=heads, fan_in_fan_out=all(transposed), dora=dora,
+        parameters=[model.name(name) for name in fused], modules_to_save=heads,
+        fan_in_fan_out=bool(matrices) and all(name in model.transposed for name in matrices), dora=dora,
     )  # fmt: skip
     config |= {
         "lora_alpha": rank if settings["alpha"] is None else settings["alpha"],
@@ -62,13 +71,12 @@ def plan(model: Model, target: Sequence[str], settings: Mapping[str, Any]) -> Ad
 
 
 def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
-    model.check_adaptable(name)
+    model.check_adaptable(name, experts=True)
     shape, key = model.specs[name].shape, f"{peft.PREFIX}{model.module(name)}"
     model.name(name)
     if len(shape) < 2:
         raise MismatchError(f"is {len(shape)}-D: LoRA factors matrices", tensor=name, mend="choose 2-D weights")
     if model.roles[name] == "embedding":
-        _check_rank(name, rank, shape[0], shape[1])
         if dora:
             raise MismatchError("is an embedding: DoRA is for linear weights", tensor=name, mend="leave it out")
         return [
@@ -78,7 +86,6 @@ def _factors(model: Model, name: str, rank: int, dora: bool) -> list[New]:
     if len(shape) > 2:
         return _convolution(name, shape, key, rank, dora)
     out, into = model.sides(name)
-    _check_rank(name, rank, out, into)
     new = [
         New(f"{key}.lora_A.weight", (rank, into), kaiming_uniform(into)),
         New(f"{key}.lora_B.weight", (out, rank), ZEROS),
@@ -93,21 +100,25 @@ def _convolution(name: str, shape: tuple[int, ...], key: str, rank: int, dora: b
     if dora or (into == 1 and out > 1):
         what = "DoRA is for linear weights" if dora else "a depthwise convolution has no low rank"
         raise MismatchError(f"is a convolution: {what}", tensor=name, mend="leave it out")
-    fan_in = into
-    for size in kernel:
-        fan_in *= size
-    _check_rank(name, rank, out, fan_in)
+    fan_in = math.prod((into, *kernel))
     return [
         New(f"{key}.lora_A.weight", (rank, into, *kernel), kaiming_uniform(fan_in)),
         New(f"{key}.lora_B.weight", (out, rank, *(1 for _ in kernel)), ZEROS),
     ]
 
 
-def _check_rank(name: str, rank: int, out: int, into: int) -> None:
-    if rank > min(out, into):
-        raise MismatchError(
-            f"rank {rank} is larger than the matrix, {out}×{into}", tensor=name, mend=f"-p r={min(out, into)} at most"
-        )
+def _check_rank(model: Model, chosen: Sequence[str], fused: Sequence[str], rank: int) -> None:
+    """Refuse a rank that is larger than a chosen matrix, and say which one fits all of them."""
+    sides = {}
+    for name in chosen:
+        shape = model.specs[name].shape
+        sides[name] = shape[1:] if name in fused else (shape[0], math.prod(shape[1:]))
+    most = min(map(min, sides.values()), default=rank)
+    for name, (rows, columns) in sides.items():
+        if rank > min(rows, columns):
+            raise MismatchError(
+                f"rank {rank} is larger than the matrix, {rows}×{columns}", tensor=name, mend=f"-p r={most} at most"
+            )
 
 
 def _refuse_heads(chosen: Sequence[str], model: Model, heads: Sequence[str]) -> None:

@@ -97,9 +97,17 @@ class Model:
         if not roles & {"q", "k", "v"} and {"q", "k", "v"} & set(default) and self.having("qkv"):
             roles.add("qkv")
             notes = ("q, k and v are one weight in this model: all three are adapted",)
+        found = [name for name in self.having(*roles) if not self.is_expert(name)]
+        if len(found) < len(self.having(*roles)):
+            notes = (*notes, "experts are left out; --target chooses them, for LoRA")
+            roles &= {self.roles[name] for name in found}
         if not roles or (not roles & {"q", "k", "v", "qkv"} and {"q", "k", "v"} & set(default)):
             raise MismatchError(f"no rule finds {' or '.join(default)} in this model", mend=_ASK)
-        return self.having(*roles), notes
+        return found, notes
+
+    def is_expert(self, name: str) -> bool:
+        """Say whether a tensor is of experts: of one, or of all of them fused."""
+        return is_fused_experts(self.specs[name]) or re.search(r"\.experts\.\d+\.", name) is not None
 
     def _pattern(self, pattern: Pattern) -> Pattern:
         plain = pattern.role is None and pattern.text in ROLES
@@ -177,15 +185,19 @@ class Model:
             raise MismatchError(f"is {len(shape)}-D, not a linear weight", tensor=name, mend="choose matrices")
         return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
 
-    def check_adaptable(self, name: str) -> None:
+    def check_adaptable(self, name: str, *, experts: bool = False) -> None:
         """Refuse what PEFT has no module for.
+
+        Args:
+            name: of a tensor.
+            experts: whether the method can have matrices of single experts.
 
         Raises:
             UnsupportedError: experts, bare parameters, codes.
         """
         spec = self.specs[name]
-        if is_fused_experts(spec) or re.search(r"\.experts\.\d+\.", name):
-            raise UnsupportedError("is an expert: PEFT adapts experts only all together", tensor=name, mend=_ASK)
+        if self.is_expert(name) and not experts:
+            raise UnsupportedError("is an expert: PEFT adapts those by LoRA alone", tensor=name, mend=_ASK)
         if not name.endswith((".weight", ".bias")):
             raise UnsupportedError("is a bare parameter: PEFT adapts modules", tensor=name, mend=_ASK)
         if spec.dtype not in ARITHMETIC:

@@ -51,6 +51,15 @@ def roberta(width: int, depth: int, *, vocabulary: int = 50265, positions: int =
     return body + (width * width + width if pooler else 0)
 
 
+def head(width: int, labels: int) -> int:
+    """Count RoBERTa's classification head: ``d² + d``, and ``labels (d + 1)``.
+
+    >>> head(768, 3)
+    592899
+    """
+    return width * width + width + labels * (width + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A figure as printed, and what it comes to."""
@@ -82,7 +91,8 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published(
         _ROBERTA, "FT", "125.0M", roberta(768, 12), "(V + P + 1)d + 2d + L(12d² + 13d) + d² + d",
-        f"125M is nominal: without the pooler there are {roberta(768, 12, pooler=False):,}",
+        f"125M is nominal: without the pooler there are {roberta(768, 12, pooler=False):,}, with a head of 3 labels in "
+        f"its place {roberta(768, 12, pooler=False) + head(768, 3):,}",
     ),
     Published(_ROBERTA, "BitFit", "0.1M", biases(768, 12, scales=False), "11Ld + d: biases, without the head"),
     Published(_ROBERTA, "Adapter^D", "0.9M", bottlenecks(768, 12, 48), "L(2dr + r + d), r=48: Pfeiffer's"),
@@ -119,8 +129,18 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published("RoBERTa-large, L=24, d=1024", "Adapter^P, r=16", "0.8M", bottlenecks(1024, 24, 16), "L(2dr + r + d)"),
     Published("RoBERTa-large, L=24, d=1024", "Adapter^H, r=8", "0.8M", bottlenecks(1024, 2 * 24, 8), "2L(2dr + r + d)"),
+    Published(
+        "RoBERTa-large, L=24, d=1024", "Adapter^P, r=64", "3.0M", bottlenecks(1024, 24, 64), "L(2dr + r + d)",
+        f"no size gives 3.0M that a script names: r=60 gives {bottlenecks(1024, 24, 60):,}",
+    ),
+    Published(
+        "RoBERTa-large, L=24, d=1024", "Adapter^H, r=64", "6.0M", bottlenecks(1024, 2 * 24, 64), "2L(2dr + r + d)",
+        f"no size gives 6.0M that a script names: r=60 gives {bottlenecks(1024, 2 * 24, 60):,}",
+    ),
     Published("DeBERTa-XXL, L=48, d=1536", "LoRA, r=16", "4.7M", lora(1536, 48, 16), "q and v: L·2·2rd"),
     Published("GPT-3, L=96, d=12288", "LoRA, r=1", "4.7M", lora(12288, 96, 1), "q and v: L·2·2rd"),
     Published("GPT-3, L=96, d=12288", "LoRA, r=8", "37.7M", lora(12288, 96, 8), "q and v: L·2·2rd"),
+    Published("GPT-3, L=96, d=12288", "Adapter^H, r=1", "7.1M", bottlenecks(12288, 2 * 96, 1), "2L(2dr + r + d)"),
+    Published("GPT-3, L=96, d=12288", "Adapter^H, r=8", "40.1M", bottlenecks(12288, 2 * 96, 8), "2L(2dr + r + d)"),
 )  # fmt: skip
 """The 350M table first, then RoBERTa-base and GPT-2 M of the LoRA paper (arXiv:2106.09685, tables 2 and 3), then others."""

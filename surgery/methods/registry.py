@@ -13,7 +13,7 @@ from surgery.methods.addition import Addition
 from surgery.methods.model import Model
 
 Planner = Callable[[Model, Sequence[str], Mapping[str, Any]], Addition]
-Kind = Literal["whole", "number", "flag", "wholes", "word"]
+Kind = Literal["whole", "number", "flag", "wholes", "word", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,20 @@ def _word(value: Any) -> str:
     return value
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(value)
+    return value
+
+
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _READERS: dict[Kind, Callable[[Any], Any]] = {
     "whole": _whole, "number": _number, "flag": lambda value: _FLAGS[str(value).lower()], "wholes": _wholes,
-    "word": _word,
+    "word": _word, "text": _text,
 }  # fmt: skip
 _WANTED: dict[Kind, str] = {
     "whole": "a whole number", "number": "a positive number", "flag": "true or false",
-    "wholes": "whole numbers with commas between", "word": "a name",
+    "wholes": "whole numbers with commas between", "word": "a name", "text": "words",
 }  # fmt: skip
 
 
@@ -111,6 +117,8 @@ class Method:
 _PROMPT = (
     Parameter("length", "whole", 20, "virtual tokens"),
     Parameter("task", "word", None, "PEFT's task_type; told by config.json by default"),
+    Parameter("labels", "whole", None, "classes of a new classification head beside it"),
+    Parameter("head", "word", "classifier", "the new head's module: classifier, or score, which has no bias"),
 )
 _BOTTLENECK = (
     Parameter("size", "whole", 64, "width of the bottleneck"),
@@ -149,7 +157,11 @@ METHODS: dict[str, Method] = {
         Method(
             "prompt-tuning", "virtual tokens before the input", prompts.prompt_tuning, "length·d", False,
             "length more tokens", "Lester et al. 2021, arXiv:2104.08691",
-            (*_PROMPT, Parameter("tokens", "wholes", None, "start from these tokens' embeddings")),
+            (
+                *_PROMPT,
+                Parameter("tokens", "wholes", None, "start from these tokens' embeddings"),
+                Parameter("text", "text", None, "start from the embeddings of its tokens, as tokenizer.json has them"),
+            ),
         ),
         Method(
             "p-tuning", "virtual tokens made by an MLP", prompts.p_tuning, "length·d", False, "length more tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,11 @@ from surgery.methods.addition import Addition
 from surgery.methods.model import Model
 from surgery.methods.registry import Method, find
 from surgery.methods.starts import Initial
+from surgery.operations.convert import convert
+from surgery.operations.remove import remove
 from surgery.report import Table
-from surgery.sources import module_names
+from surgery.roles import numberless
+from surgery.sources import module_names, tokens
 from surgery.tensor import LazyTensor, TensorSpec, human_bytes, human_count
 from surgery.writer import Publication
 
@@ -110,16 +114,37 @@ class Added:
         """Merge the method into the model, as :func:`surgery.merge` does with a trained one.
 
         Raises:
-            UnsupportedError: the method is no LoRA.
+            UnsupportedError: the method is none that merges, or has no PEFT file.
         """
-        if self.document.get("peft_type") != "LORA":
-            raise UnsupportedError(f"{self.method.name} cannot be merged by surgery")
+        if self.addition.file != "peft" or not self.method.mergeable:
+            raise UnsupportedError(f"{self.method.name} cannot be merged")
         from surgery.adapter import Adapter
         from surgery.operations.merge import merge
 
         merged = merge(self.base, Adapter(self.tensors, self.document, label=self.method.name))
         assert isinstance(merged, Checkpoint)
         return merged
+
+    def remove(self, source: Source) -> Checkpoint:
+        """Take the method's parameters out of a state dict that has them inside, trained or not, and leave the base.
+
+        Plain tensors are told by their names, all others as :func:`surgery.remove` tells them.
+
+        Args:
+            source: a folder, a file, or a state dict.
+
+        Raises:
+            UnsupportedError: the method trains the base's own parameters, which are in the base alone as they were.
+            MismatchError: its tensors are not in there.
+        """
+        if self.addition.existing or (self.method.name == "bitfit" and self.addition.file == "peft"):
+            raise UnsupportedError(
+                f"{self.method.name} trains the base's own parameters: they are not in the file as they were",
+                mend="the base has them",
+            )
+        if self.addition.file != "tensors":
+            return remove(source)
+        return convert(source, drop=[f"re:{re.escape(key)}" for key in self.tensors])
 
     def save(
         self, out: str | os.PathLike[str], *, overwrite: bool = False, progress: execute.Progress | None = None
@@ -166,16 +191,21 @@ class Added:
         return provenance.record(
             "add",
             parameters={name: list(value) if isinstance(value, tuple) else value for name, value in self._said.items()},
-            inputs=[{"role": "base", "name": self.base.label}],
+            inputs=[{"role": "base", "name": self.base.label, **self.base.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
             trainable_parameters=self.parameters,
             applied_to=list(self.chosen),
         )
 
     def table(self) -> Table:
-        """Show which tensors were chosen."""
-        rows = tuple((name, "×".join(map(str, self.base.tensors[name].spec.shape))) for name in self.chosen)
-        return Table(f"{self.method.name}: chosen", ("tensor", "shape"), rows)
+        """Show which tensors were chosen, one line for all blocks that have one alike."""
+        groups: dict[tuple[str, str], int] = {}
+        for name in self.chosen:
+            shape = "×".join(map(str, self.base.tensors[name].spec.shape))
+            key = (numberless(name), shape)
+            groups[key] = groups.get(key, 0) + 1
+        rows = tuple((name, str(count), shape) for (name, shape), count in groups.items())
+        return Table(f"{self.method.name}: chosen", ("name", "tensors", "shape"), rows)
 
     def document_of(self) -> dict[str, Any]:
         """Return what was added, for ``--json``."""
@@ -226,6 +256,10 @@ def add(
     row = find(method)
     resolved = row.settings(settings)
     base = open_checkpoint(source)
+    if resolved.get("text"):
+        if resolved["tokens"]:
+            raise UsageError("text and tokens both say how the prompt starts", mend="drop one")
+        resolved["tokens"] = tokens.of_text(resolved["text"], base.side_files.get(tokens.FILE), base.label)
     patterns = (target,) if isinstance(target, str) else tuple(target)
     try:
         addition = row.plan(model_of(base, names_in_memory=names_in_memory), patterns, resolved)

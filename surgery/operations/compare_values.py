@@ -17,6 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.execute import Progress, Silent
 from surgery.operations.diff import RANKS, DiffRow, is_matrix
 from surgery.roles import layer_of, role_of
+from surgery.sources.remote import expect
 from surgery.tensor import ARITHMETIC, BITS, LazyTensor, TensorSpec
 
 SKETCH_RANK = 64
@@ -34,6 +35,7 @@ def compare(pairs: Mapping[str, Pair], *, spectrum: bool, jobs: int, progress: P
         progress: somebody who watches.
     """
     watcher = progress or Silent()
+    expect(tensor for pair in pairs.values() for tensor in pair)
     watcher.start(sum(a.spec.nbytes + b.spec.nbytes for a, b in pairs.values()))
 
     def work(name: str) -> DiffRow:

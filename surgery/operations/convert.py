@@ -74,7 +74,7 @@ def convert(
         side_files=checkpoint.side_files,
         notes=checkpoint.notes,
         origin=Origin(
-            _recorder(checkpoint.label, {"dtype": dtype, "rename": list(rename), "drop": list(drop)}),
+            _recorder(checkpoint, {"dtype": dtype, "rename": list(rename), "drop": list(drop)}),
             counts={"cast": changed, "copied": len(tensors) - changed, "dropped": len(dropped)},
             files=config_file(checkpoint.config, dtype),
         ),
@@ -117,12 +117,12 @@ def config_file(config: Mapping[str, Any] | None, dtype: str | None) -> dict[str
     return {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")}
 
 
-def _recorder(label: str, parameters: dict[str, Any]) -> Any:
+def _recorder(source: Checkpoint, parameters: dict[str, Any]) -> Any:
     def record(fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
             "convert",
             parameters=parameters,
-            inputs=[{"role": "source", "name": label}],
+            inputs=[{"role": "source", "name": source.label, **source.pinned}],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )
 

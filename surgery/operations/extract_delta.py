@@ -19,6 +19,7 @@ from surgery.formats.delta_manifest import Change, Coded, Known, Manifest, Side
 from surgery.names import align, parse_renames
 from surgery.provenance import BlockDigests
 from surgery.sources import local
+from surgery.sources.remote import expect
 from surgery.sources.spool import Spool, SpooledTensor
 from surgery.tensor import LazyTensor, TensorSpec, any_range, byte_range, read_bytes
 
@@ -112,8 +113,8 @@ def extract_deltas(
 
 
 def default_stem(source: str | os.PathLike[str]) -> str:
-    """Name a fine-tune by its folder, or by its file without the ending."""
-    return os.path.basename(os.path.abspath(os.fspath(source))).removesuffix(".safetensors")
+    """Name a fine-tune by its folder, its repository, or its file without the ending."""
+    return local.stem_of(source)
 
 
 @dataclass
@@ -213,6 +214,7 @@ def _extract(
 ) -> list[Delta]:  # fmt: skip
     watcher = progress or execute.Silent()
     extraction = _Extraction(base, tuned, reversible, rename)
+    expect(tensor for checkpoint in (base, *tuned) for tensor in checkpoint.tensors.values())
     watcher.start(base.nbytes + sum(checkpoint.nbytes for checkpoint in tuned))
     with ThreadPoolExecutor(jobs or default_jobs(), thread_name_prefix="surgery") as pool:
         try:

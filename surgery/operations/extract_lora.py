@@ -55,6 +55,7 @@ def extract_lora(
     names_in_memory: bool = False,
     seed: int = 0,
     jobs: int | None = None,
+    max_memory: int | None = None,
     progress: execute.Progress | None = None,
 ) -> Adapter:
     r"""Extract a LoRA adapter from a fine-tune and its base.
@@ -94,6 +95,7 @@ def extract_lora(
             disk (ViT and others); needs the extra ``hf``.
         seed: for random starts, which are keyed by tensor name.
         jobs: threads, each with one matrix; as many as there are cores by default.
+        max_memory: bytes; fewer threads are used where they would need more, and what one thread cannot do is refused.
         progress: somebody who watches.
 
     Returns:
@@ -103,6 +105,7 @@ def extract_lora(
         UsageError: an argument is out of range.
         MismatchError: the two do not belong together, nothing differs, or nothing fits the budget.
         NumericError: NaN or Inf in either.
+        IOFailure: the plan needs more than ``max_memory``.
 
     Reference: Eckart and Young 1936; Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1; budgets and errors:
     :mod:`surgery.algorithms.ranks`; the certificate: :mod:`surgery.algorithms.lowrank`.
@@ -111,7 +114,7 @@ def extract_lora(
         base, tuned, rank=rank, energy=energy, error=error, budget=budget, noise_floor=noise_floor, max_rank=max_rank,
         rank_multiple=rank_multiple, layout=layout, target=target, exclude=exclude, embeddings=embeddings, server=server,
         dora=dora, dtype=dtype, device=device, tolerance=tolerance, exact=exact, rename=rename, base_id=base_id,
-        names_in_memory=names_in_memory, seed=seed, jobs=jobs,
+        names_in_memory=names_in_memory, seed=seed, jobs=jobs, max_memory=max_memory,
     )  # fmt: skip
     return extraction.run(progress)
 
@@ -135,6 +138,7 @@ def plan_extraction(
     names_in_memory: bool = False,
     seed: int = 0,
     jobs: int | None = None,
+    max_memory: int | None = None,
     **rule: Any,
 ) -> Extraction:
     """Decide from headers alone what :func:`extract_lora` will do; see there for the arguments."""
@@ -171,6 +175,8 @@ def plan_extraction(
     if names_in_memory:
         found.in_memory = module_names(before.config or {}, before.tensors)
     decide(found, after, alignment.names, target, exclude)
+    if max_memory is not None:
+        found.fit(max_memory)
     return found
 
 

@@ -18,6 +18,7 @@ from surgery.operations.extraction_measure import Measurement, in_parallel, larg
 from surgery.operations.extraction_run import compose
 from surgery.provenance import Held
 from surgery.sources.local import stem_of
+from surgery.sources.remote import expect
 
 
 @dataclass
@@ -122,9 +123,11 @@ def _examine(tasks: Sequence[_Task], progress: execute.Progress) -> None:
                     task.outcome.error, task.measured = task.outcome.error or error, None
             progress.advance(measured.plan.tuned[name].spec.nbytes)
 
+    expect(base.tensors[name] for name in wanted)
+    expect(plan.tuned[name] for plan in plans for name in plan.names)
     progress.start(sum(base.tensors[name].spec.nbytes for name in wanted) + sum(p.tuned_bytes for p in plans))
     try:
-        in_parallel(largest_first(base, wanted), work, plans[0].settings.jobs)
+        in_parallel(largest_first(base, wanted), work, min(plan.settings.jobs for plan in plans))
     finally:
         progress.finish()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from surgery.algorithms.ranks import Spectrum
 from surgery.errors import MismatchError
 from surgery.formats import peft, safetensors, servers
-from surgery.operations.extraction_layout import Kept, full_key, stem_of
+from surgery.operations.extraction_layout import Kept, full_key, stem_of, unit_of
 from surgery.operations.extraction_measure import Measurement
 from surgery.operations.extraction_units import Unit
 from surgery.report import join_shown
@@ -69,14 +69,27 @@ class Choice:
         rank = servers.one_rank(ranks.values(), server)
         if not plan.rule.noise_floor:  # what would be padded with zeros may as well be more of the delta
             self.measured.deepen({self.measured.factors(name).unit: rank for name in ranks})
-        weights = {plan.module(name): name for name in plan.base.tensors if name.endswith(".weight")}
-        partners = servers.missing_partners(server, [plan.module(name) for name in ranks], weights)
+        partners = self._partners(ranks)
         title, option = servers.server_named(server).title, servers.start_with(server, rank)
         if option:
             plan.notes.append(f"{title} must be started with {option}")
         if partners:
-            plan.notes.append(f"{title} needs them too, so they have factors of zeros: {join_shown(partners)}")
-        return dict.fromkeys([*ranks, *(weights[module] for module in partners)], rank)
+            modules = join_shown([plan.module(name) for name in partners])
+            plan.notes.append(f"{title} needs them too, so they have factors of zeros: {modules}")
+        return dict.fromkeys([*ranks, *partners], rank)
+
+    def _partners(self, names: Iterable[str]) -> list[str]:
+        """Name the weights that get zeros because the server cannot do without them."""
+        plan = self.plan
+        weights = {plan.module(name): name for name in plan.base.tensors if name.endswith(".weight")}
+        modules = servers.missing_partners(plan.settings.server, [plan.module(name) for name in names], weights)
+        return [weights[module] for module in modules]
+
+    def _stored(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """Return the ranks that factors are written with: padded to one where the layout asks for it."""
+        if not self.plan.rule.portable or not ranks:
+            return dict(ranks)
+        return dict.fromkeys([*ranks, *self._partners(ranks)], max(ranks.values()))
 
     def _groups(self) -> list[list[Unit]]:
         """Collect the units that moved, by group; of a group that moved at all, every member."""
@@ -175,9 +188,10 @@ class Choice:
         for name in self.whole if any(ranks) else ():
             tuned = plan.tuned[name].spec
             specs.append(TensorSpec(peft.token_rows_key(plan.module(name)), tuned.dtype, tuned.shape))
-        units = [(unit, rank) for group, rank in zip(groups, ranks, strict=True) if rank for unit in group]
-        adapted = {unit.name for unit, _ in units}
-        for unit, rank in units:
+        chosen = {unit.name: rank for group, rank in zip(groups, ranks, strict=True) if rank for unit in group}
+        adapted = self._stored(chosen)
+        for name, rank in adapted.items():
+            unit = unit_of(plan, self.found, name)
             for suffix, shape in zip(unit.suffixes, unit.shapes(rank), strict=True):
                 specs.append(TensorSpec(stem_of(plan, unit, adapted) + suffix, plan.dtype, shape))
         for name in self.kept.names:

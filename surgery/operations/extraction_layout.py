@@ -62,6 +62,14 @@ def stem_of(plan: Extraction, unit: Unit, adapted: Collection[str]) -> str:
     return f"{peft.PREFIX}{plan.spelled(unit.name).rpartition('.')[0]}{wrappers}"
 
 
+def unit_of(plan: Extraction, found: Mapping[str, Found], name: str) -> Unit:
+    """Return a factored unit, or make one of a weight that only carries zeros."""
+    one = found.get(name)
+    if one and one.factors:
+        return one.factors.unit
+    return Unit(plan.base.specs[name], "linear", name in plan.transposed)
+
+
 def full_key(plan: Extraction, name: str, adapted: Collection[str]) -> str:
     """Name a tensor that is stored in full: inside of PEFT's wrapper where its module's weight is factored."""
     module, _, leaf = plan.spelled(name).rpartition(".")
@@ -102,7 +110,7 @@ class Layout:
 
     def _lay_out_factors(self) -> None:
         for name, rank in self.ranks.items():
-            found, unit = self.found.get(name), self._unit(name)
+            found, unit = self.found.get(name), unit_of(self.plan, self.found, name)
             factors = found.factors if found else None
             parts = factors.leading(rank) if factors else _zeros(unit, rank, self.plan.dtype)
             stem = stem_of(self.plan, unit, self.ranks)
@@ -130,13 +138,6 @@ class Layout:
             factors.unit.name, found.row.role, "lora", rank, factors.energy, residual, min(following, residual),
             nbytes, excess=factors.excess,
         )  # fmt: skip
-
-    def _unit(self, name: str) -> Unit:
-        """Return a factored unit, or make one of a weight that only carries zeros."""
-        found = self.found.get(name)
-        if found and found.factors:
-            return found.factors.unit
-        return Unit(self.plan.base.specs[name], "linear", name in self.plan.transposed)
 
     def _store_whole_embeddings(self) -> None:
         """Store tied embeddings as trained tokens, all of them: the one form that is right both merged and unmerged."""
@@ -229,6 +230,7 @@ class Layout:
             parameters=sorted(parameters),
             ranks=adapted | parameters,
             base_name=plan.base_name,
+            revision=plan.base.pinned.get("revision") if plan.base_name == plan.base.label else None,
             task=peft.task_type(plan.base.config),
             bias=self.kept.biases,
             modules_to_save=saved,

@@ -285,8 +285,9 @@ class Measurement:
             if energy:
                 return self._entry(pair, Row(name, pair.role, "left out", 0, energy, energy, energy, 0, why))
         found = self._entry(pair, Row(name, pair.role, "unchanged", 0, 0.0, 0.0, 0.0, 0))
-        if found.prints[0] != found.prints[1] and pair.spec.dtype not in ARITHMETIC:
-            found.note = f"differs but is {pair.spec.dtype}, so not in the adapter: {name}"
+        codes = [spec.dtype for spec in (pair.spec, pair.tuned.spec) if spec.dtype not in ARITHMETIC]
+        if codes and found.prints[0] != found.prints[1]:
+            found.note = f"differs but is {codes[0]}, so not in the adapter: {name}"
         return found
 
     def _unchanged_codes(self, pair: Pair) -> Found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from surgery import execute
@@ -18,7 +18,7 @@ from surgery.checkpoint import (
     require_arithmetic,
     tied_weights,
 )
-from surgery.errors import MismatchError
+from surgery.errors import IOFailure, MismatchError
 from surgery.formats import peft, servers
 from surgery.names import module_of, parse_patterns, select, undecorated
 from surgery.operations.extraction_units import EXPERTS, Unit
@@ -26,8 +26,9 @@ from surgery.operations.pairs import Pair
 from surgery.operations.rank_rule import RankRule
 from surgery.report import join_shown
 from surgery.roles import is_fused_experts, role_of, roles_of, transposed_weights
+from surgery.sources.remote import is_remote
 from surgery.sources.spool import MEMORY_LIMIT
-from surgery.tensor import LazyTensor, TensorSpec
+from surgery.tensor import LazyTensor, TensorSpec, human_bytes
 from surgery.writer import Publication
 
 Embeddings = Literal["auto", "full", "none"]
@@ -135,10 +136,34 @@ class Extraction:
     @property
     def peak_memory(self) -> int:
         """Bytes at most: for each thread one of the largest matrices and its factorisation, and the spooled factors."""
-        costs = sorted(map(self._cost, self.units.values()), reverse=True)
+        costs = sorted(map(self._cost, self._may_be_factored()), reverse=True)
         costs += [0] * self.settings.jobs
         workers = sum(costs[: self.settings.jobs]) + self.settings.jobs * (24 << 20)
         return (96 << 20) + workers + min(2 * self.bytes_written, MEMORY_LIMIT)
+
+    def fit(self, max_memory: int) -> None:
+        """Use as few threads as ``max_memory`` bytes ask for.
+
+        Raises:
+            IOFailure: one is too many: the largest matrix and its factorisation need more.
+        """
+        while self.peak_memory > max_memory:
+            if self.settings.jobs == 1:
+                largest = max(self._may_be_factored(), key=self._cost, default=None)
+                raise IOFailure(
+                    f"the plan needs up to {human_bytes(self.peak_memory)} of memory, "
+                    f"--max-memory allows {human_bytes(max_memory)}",
+                    file=self.tuned_label,
+                    tensor=largest.name if largest else None,
+                    mend="a matrix is factored whole: raise --max-memory, or --exclude it",
+                )
+            self.settings = replace(self.settings, jobs=self.settings.jobs - 1)
+
+    def _may_be_factored(self) -> list[Unit]:
+        """List what may have to be in memory whole: embeddings too, unless they are tied or not wanted."""
+        whole = () if self.settings.embeddings != "auto" else self.embeddings
+        embeddings = [name for name in whole if not (self.tied and self.is_input_embedding(name))]
+        return [*self.units.values(), *(Unit(self.base.tensors[name].spec, "embedding") for name in embeddings)]
 
     def _cost(self, unit: Unit) -> int:
         """Bytes to factor one weight: ΔW in float32, and what one of its matrices needs beside it."""
@@ -183,24 +208,50 @@ def decide(
         MismatchError: shapes differ, or nothing is left.
         UnsupportedError: quantised weights, or integers where numbers are needed.
     """
-    _refuse_codes(found, after, names, bool(target))
-    _settle_ties(found, after)
+    _refuse_codes(found, after, names, bool(target), exclude)
+    if not _is_far_and_unwanted(found, target):
+        _settle_ties(found, after)
     _note_unpaired(
         found, found.base.tensors.keys() - set(names.values()), set(names.values()) - found.base.tensors.keys()
     )
-    _sort_tensors(found, target, exclude)
+    _sort_tensors(found, {names.get(name, name): spec for name, spec in after.specs.items()}, target, exclude)
+    _leave_unfetched(found)
     _leave_out_unserved(found)
     _refuse_nothing(found, bool(target))
 
 
-def _refuse_codes(found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool) -> None:
+def _is_far_and_unwanted(found: Extraction, target: Sequence[str]) -> bool:
+    """Say whether to find a tied head would mean to fetch it and the embedding, of which neither was asked for."""
+    specs = {name: found.base.tensors[name].spec for name in found.tuned}
+    heads = {name for name in specs if name.endswith(("lm_head.weight", "embed_out.weight"))}
+    far = any(is_remote(side[name]) for name in heads for side in (found.base.tensors, found.tuned))
+    return bool(target) and far and not heads & select(roles_of(specs), parse_patterns(target), "--target")
+
+
+def _leave_unfetched(found: Extraction) -> None:
+    """Forget what is not wanted and would have to be fetched from the Hub only to say how much of the change it holds."""
+    far = [name for name in found.unwanted if is_remote(found.base.tensors[name]) or is_remote(found.tuned[name])]
+    for name in far:
+        del found.tuned[name], found.left_out[name]
+    if far:
+        found.notes.append(
+            f"{len(far):,} tensors that are not wanted were left on the Hub: shares and errors are of the others"
+        )
+
+
+def _refuse_codes(
+    found: Extraction, after: Checkpoint, names: Mapping[str, str], targeted: bool, exclude: Sequence[str]
+) -> None:
     """Refuse quantised weights, by name; those that look alike on both sides only once they turn out to differ."""
+    unwanted = parse_patterns(exclude)
     for side, own in ((found.base, {n: n for n in found.base.tensors}), (after, names)):
         for name, what in quantised_tensors(side).items():
             base_name = own.get(name, name)
             paired = found.tuned.get(base_name)
             if paired is not None and paired.spec == found.base.tensors[base_name].spec:
                 found.codes[base_name] = what
+            elif any(pattern.matches(base_name, role_of(side.tensors[name].spec)) for pattern in unwanted):
+                continue
             elif paired is not None or not targeted:
                 raise quantised_error(side, base_name, what)
 
@@ -230,13 +281,16 @@ def _note_unpaired(found: Extraction, lost: set[str], added: set[str]) -> None:
         found.notes.append(f"only in the fine-tune, so not in the adapter: {join_shown(sorted(added))}")
 
 
-def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[str]) -> None:
+def _sort_tensors(
+    found: Extraction, after: Mapping[str, TensorSpec], target: Sequence[str], exclude: Sequence[str]
+) -> None:
     """Decide for every tensor whether it is factored, stored in full, examined row by row, or left out."""
     specs = {name: found.base.tensors[name].spec for name in found.tuned}
     found.transposed = transposed_weights(found.base.specs, found.base.config)
     roles = roles_of(specs)
     chosen = select(roles, parse_patterns(target), "--target") if target else set(specs)
-    dropped = select(roles, parse_patterns(exclude), "--exclude") if exclude else set()
+    everywhere = roles_of({**after, **found.base.specs})
+    dropped = select(everywhere, parse_patterns(exclude), "--exclude") & specs.keys() if exclude else set()
     found.unwanted = {
         name: "excluded" if name in dropped else "not targeted" for name in dropped | (specs.keys() - chosen)
     }
@@ -252,9 +306,9 @@ def _sort_tensors(found: Extraction, target: Sequence[str], exclude: Sequence[st
             found.full.append(name)
         else:
             _sort_one(found, name, spec)
-    for name in [name for name, why in found.unwanted.items() if specs[name].shape != found.tuned[name].spec.shape]:
+    for name in [name for name in found.unwanted if specs[name].shape != found.tuned[name].spec.shape]:
         del found.tuned[name], found.left_out[name]  # not wanted, and nothing to compare
-        found.notes.append(f"{found.unwanted[name]}, and of another shape, so not compared: {name}")
+        found.notes.append(f"{found.unwanted.pop(name)}, and of another shape, so not compared: {name}")
 
 
 def _leave_out_unserved(found: Extraction) -> None:

@@ -1,4 +1,4 @@
-"""How good an extracted adapter is: numbers by tensor, tables for people, and the adapter's card."""
+"""How good an extracted adapter is: numbers by tensor, and tables for people."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.errors import FormatError
 from surgery.report import Table, join_shown, percent
 from surgery.roles import ROLES
 from surgery.tensor import human_bytes
@@ -119,16 +120,46 @@ class ExtractionReport:
                 {
                     "name": row.name, "role": row.role, "stored_as": row.how, "rank": row.rank, "bytes": row.nbytes,
                     "share": row.energy / self.energy if self.energy else 0.0,
-                    "relative_error": math.sqrt(row.residual / row.energy) if row.energy else 0.0,
-                    **({"certified_excess": row.excess} if row.how == "lora" else {}),
+                    "relative_error": _relative(row.residual, row.energy),
+                    **({"certified_excess": row.excess, "relative_error_at_twice_the_rank": _relative(row.next_residual, row.energy)}
+                       if row.how == "lora" else {}),
                     **({"why": row.why} if row.why else {}),
                 }
                 for row in self.rows
             ],
         }  # fmt: skip
 
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> ExtractionReport:
+        """Return a report from what :meth:`document` says, in units of the whole change.
+
+        Raises:
+            FormatError: it is not such a document.
+        """
+        try:
+            rows = tuple(_row(entry) for entry in document["tensors"])
+            change = float(document["relative_delta"])
+            return cls(str(document["rank"]), rows, 1.0 / change if change else 0.0)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"the record's report is malformed: {error}") from None
+
     def _repr_html_(self) -> str:
         return self.table().html()
+
+
+def _row(entry: Mapping[str, Any]) -> Row:
+    share = float(entry["share"])
+    error = float(entry["relative_error"])
+    following = float(entry.get("relative_error_at_twice_the_rank", error))
+    return Row(
+        str(entry["name"]), str(entry["role"]), str(entry["stored_as"]), int(entry["rank"]), share,
+        share * error**2, share * following**2, int(entry["bytes"]), str(entry.get("why", "")),
+        float(entry.get("certified_excess", 0.0)),
+    )  # fmt: skip
+
+
+def _relative(residual: float, energy: float) -> float:
+    return math.sqrt(residual / energy) if energy else 0.0
 
 
 def _group_line(role: str, how: str, rows: Sequence[Row], total: float) -> tuple[str, ...]:
@@ -161,42 +192,13 @@ def bound(excess: float) -> str:
     return percent(10.0 ** max(math.ceil(math.log10(max(excess, 1e-6)) - 1e-9), -6))
 
 
-def card(report: ExtractionReport, document: Mapping[str, Any], base_label: str, tuned_label: str) -> bytes:
-    """Write the adapter's README: metadata, how good it is, and how to load it."""
-    kept, following = report.kept_by_lora
-    more = "" if percent(following) == percent(kept) else f"; twice the rank would keep {percent(following)} or more"
-    base = document["base_model_name_or_path"] or base_label
-    is_id = base.count("/") == 1 and not base.startswith((".", "/"))
-    metadata = [
-        "---",
-        "library_name: peft",
-        *([f"base_model: {base}"] if is_id else []),
-        "tags:",
-        "- lora",
-        "- surgery",
-        "---",
-    ]
-    body = f"""
-# {tuned_label} as a LoRA adapter of {base}
-
-Extracted with [surgery](https://pypi.org/project/checkpoint-surgery/) from the fine-tune `{tuned_label}`:
-`surgery extract-lora {base_label} {tuned_label} {report.option}`
-
-{report.table().markdown()}
-
-The factored weights keep {percent(kept)} of their ‖Δ‖²{more}. Each error is
-within {bound(report.excess)} of the best possible at its rank. Errors are of the values as stored, read back from the file.
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
+def left_out_line(report: ExtractionReport) -> str:
+    """Say what an adapter lacks, and how much of the change that is; empty where it lacks nothing."""
     left = [row for row in report.rows if row.how == "left out"]
-    if left:
-        share = math.fsum(row.energy for row in left) / report.energy
-        body += f"\nLeft out ({percent(share)} of ‖Δ‖²): {join_shown([row.name for row in left], 10)}.\n"
-    return ("\n".join(metadata) + "\n" + body).encode()
+    if not left:
+        return ""
+    share = math.fsum(row.energy for row in left) / report.energy
+    return f"Left out ({percent(share)} of ‖Δ‖²): {join_shown([row.name for row in left], 10)}."
 
 
 def summary(report: ExtractionReport) -> str:

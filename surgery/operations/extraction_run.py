@@ -16,12 +16,16 @@ from typing import Any
 from surgery import execute, provenance
 from surgery.adapter import Adapter
 from surgery.errors import MismatchError
+from surgery.formats import model_card as card_file
+from surgery.operations.card import Subject, model_card
 from surgery.operations.extraction_choice import Choice
 from surgery.operations.extraction_layout import Layout, kept_in_full
 from surgery.operations.extraction_measure import Found, Measurement, in_parallel, largest_first
 from surgery.operations.extraction_plan import Extraction
-from surgery.operations.extraction_report import ExtractionReport, card
+from surgery.operations.extraction_report import ExtractionReport
 from surgery.report import join_shown
+from surgery.sources.local import pinned
+from surgery.sources.remote import expect
 
 REACHED = 1e-3
 """Relative distance from the error asked for that counts as having reached it."""
@@ -35,6 +39,7 @@ def run_extraction(plan: Extraction, progress: execute.Progress) -> Adapter:
         measured.examine(name, plan.base.tensors[name])
         progress.advance(plan.base.tensors[name].spec.nbytes + plan.tuned[name].spec.nbytes)
 
+    expect(side[name] for name in plan.names for side in (plan.base.tensors, plan.tuned))
     progress.start(plan.bytes_read)
     try:
         in_parallel(largest_first(plan.base, plan.names), work, plan.settings.jobs)
@@ -72,7 +77,11 @@ def compose(measured: Measurement) -> Adapter:
         document,
         label=f"{plan.tuned_label}-lora-{plan.rule.slug}",
         stored=[*plan.base.stored, *plan.tuned_stored],
-        files={"README.md": card(report, document, plan.base.label, plan.tuned_label)},
+        files={
+            card_file.FILE: card_file.compose(
+                model_card(Subject("adapter", _record(plan, {}, report, prints), document))
+            )
+        },
         record=lambda outputs: _record(plan, outputs, report, prints),
         taken_from={name: before for name, (before, _) in prints.items()},
         report=report,
@@ -112,8 +121,8 @@ def _record(
             "exact": settings.exact, "for": settings.server,
         },
         inputs=[
-            {"role": "base", "name": plan.base.label, "fingerprint": provenance.combine(before)},
-            {"role": "fine-tune", "name": plan.tuned_label, "fingerprint": provenance.combine(after)},
+            {"role": "base", "name": plan.base.label, **plan.base.pinned, "fingerprint": provenance.combine(before)},
+            {"role": "fine-tune", "name": plan.tuned_label, **pinned(plan.tuned_stored), "fingerprint": provenance.combine(after)},
         ],
         tensors={name: {"fingerprint": value} for name, value in outputs.items()},
         base=before,

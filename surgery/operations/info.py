@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from surgery.checkpoint import Checkpoint, Source, open_checkpoint
 from surgery.exact import Delta, is_delta, open_delta
 from surgery.operations.delta_report import DeltaInfo, describe
 from surgery.report import Table, join_shown
-from surgery.roles import layer_of, role_of
+from surgery.roles import layer_of, numberless, role_of
 from surgery.tensor import TensorSpec, human_bytes, human_count
 
 _CONFIG_FACTS = (
@@ -74,8 +73,7 @@ class Info:
         """Show what each tensor is taken for, one line for all blocks that have it alike."""
         groups: dict[tuple[str, str, str], int] = {}
         for spec in self.specs:
-            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", spec.name)
-            key = (name, role_of(spec), "×".join(map(str, spec.shape)) or "scalar")
+            key = (numberless(spec.name), role_of(spec), "×".join(map(str, spec.shape)) or "scalar")
             groups[key] = groups.get(key, 0) + 1
         rows = tuple((name, role, str(count), shape) for (name, role, shape), count in groups.items())
         return Table("Roles", ("name", "role", "tensors", "shape"), rows)
@@ -85,7 +83,7 @@ class Info:
         names = [spec.name for spec in self.specs if role_of(spec) == "other"]
         if not names:
             return []
-        shown = join_shown(list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)))
+        shown = join_shown(list(dict.fromkeys(map(numberless, names))))
         return [f"no rule knows what {len(names)} tensors are ({shown}): choose them by a pattern, not by role:"]
 
     def all_tensors(self) -> Table:

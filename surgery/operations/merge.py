@@ -21,6 +21,7 @@ from surgery.exact import Delta, is_delta
 from surgery.history import History, history_of
 from surgery.operations.merge_delta import merge_delta
 from surgery.operations.merge_models import Missing, Value, merge_models
+from surgery.operations.merge_rules import Rule, rules_table
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
 
 AdapterSource = str | os.PathLike[str] | Adapter
@@ -59,7 +60,7 @@ def merge(
         base: the checkpoint to merge into.
         others: PEFT LoRA adapters (rsLoRA and DoRA variants included): folders or :class:`surgery.Adapter` objects; or one
             exact delta, a file or :func:`surgery.extract_delta`'s;
-            with an algorithm also models.
+            with an algorithm models, and any number of adapters and deltas, each of which stands for the base with it.
         algorithm: how to merge models: a name (``"ties"``) or a row of the registry.
         coeff: one coefficient for all, or one for each; any finite number. With an algorithm also ``{pattern: number}``
             or a function of the tensor's name.
@@ -92,21 +93,24 @@ def merge(
     >>> merge({"w": torch.zeros(2)}, {"w": torch.ones(2)}, algorithm="task_arithmetic", coeff=0.5)["w"].tolist()
     [0.5, 0.5]
     """
+    if algorithm is not None:
+        if reverse:
+            raise UsageError("reverse restores a base from an exact delta: no algorithm does")
+        row = find(algorithm)
+        own = row.base == "required" if with_base is None else with_base
+        return merge_models(
+            others if own else (base, *others), algorithm=row, base=base if own else None,
+            parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
+            dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
+            name_map=name_map, allow_base_mismatch=allow_base_mismatch, allow_incomplete=allow_incomplete,
+        )  # fmt: skip
     for source in others:
         if is_delta(source):
-            _refuse_beside_delta(source, len(others), algorithm, coeff, parameters, allow_base_mismatch, name_map)
+            _refuse_beside_delta(source, len(others), coeff, parameters, allow_base_mismatch, name_map)
             return merge_delta(base, source, reverse=reverse)
     sources = [source for source in others if not isinstance(source, Delta)]
     if reverse:
         raise UsageError("the way back is one of an exact delta", mend="take adapters out with unmerge")
-    if algorithm is not None:
-        row = find(algorithm) if isinstance(algorithm, str) else algorithm
-        own = row.base == "required" if with_base is None else with_base
-        return merge_models(
-            sources if own else (base, *sources), algorithm=row, base=base if own else None,
-            parameters=parameters if coeff is None else {"coeff": coeff, **parameters},
-            dtype=dtype, compat=compat, seed=seed, missing=missing, allow_nonfinite=allow_nonfinite,
-        )  # fmt: skip
     if parameters or dtype or with_base is not None:
         given = next(iter(parameters), "dtype" if dtype else "with_base")
         raise UsageError(f"{given} belongs to an algorithm: name one, as algorithm='ties'")
@@ -140,6 +144,7 @@ def merge(
             history=work.future(),
             files=files,
             bytes_read=checkpoint.nbytes + sum(adapter.nbytes for adapter in opened),
+            tables=[rules_table({name: work.rule(name) for name in tensors}, tensors)],
             work=work_of([checkpoint], coeffs, work.prints, sorted((name_map or {}).items()), allow_nonfinite),
         ),
     )
@@ -164,24 +169,8 @@ def resized_config(
     return changed, {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
-def as_model(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """Return the base with an adapter merged into it, not rounded: touched weights are float32 at least."""
-    binding = bind(adapter, base)
-    tensors = dict(base.tensors)
-    require_arithmetic(base, sorted(binding.updates))
-    for name, updates in binding.updates.items():
-        wide = "F64" if tensors[name].spec.dtype == "F64" else "F32"
-        labels = [base.label] + [adapter.label] * len(updates)
-        tensors[name] = Applied(tensors[name], updates, wide, labels=labels)
-    stored = adapter.stored and adapter.report is None  # not an adapter that was just made
-    return Checkpoint(
-        tensors, label=adapter.label, stored=[*base.stored, *adapter.stored],
-        notes=[*base.notes, *binding.notes], origin=Origin(lambda _: {}, work=work_of([base]) if stored else None),
-    )  # fmt: skip
-
-
 def _refuse_beside_delta(
-    delta: str | os.PathLike[str] | Delta, count: int, algorithm: object, coeff: Value | None,
+    delta: str | os.PathLike[str] | Delta, count: int, coeff: Value | None,
     parameters: Mapping[str, Value], allow_base_mismatch: bool, name_map: object,
 ) -> None:  # fmt: skip
     """Refuse what means nothing for an exact delta.
@@ -190,8 +179,8 @@ def _refuse_beside_delta(
         UsageError: something was asked for that does.
     """
     what = None
-    if algorithm is not None or parameters:
-        what = "it is merged by no algorithm"
+    if parameters:
+        what = "without an algorithm it takes no parameters"
     elif coeff is not None and coeff not in (1, [1]):
         what = "its coefficient is 1: it holds bits, not numbers to scale"
     elif allow_base_mismatch:
@@ -202,7 +191,7 @@ def _refuse_beside_delta(
         what = "it is merged alone"
     if what is not None:
         name = delta.label if isinstance(delta, Delta) else os.fspath(delta)
-        mend = "restore the fine-tune first, and merge that" if count > 1 or algorithm else None
+        mend = "name an algorithm, for which it counts as a model: task_arithmetic, ties …"
         raise UsageError(f"is an exact delta: {what}", file=name, mend=mend)
 
 
@@ -277,19 +266,32 @@ class Work:
         """Names of the weights that become copies of one adapter's tensor."""
         return {name for name, updates in self.updates.items() if _is_copy(updates)}
 
-    def output(self, name: str, allow_nonfinite: bool) -> LazyTensor:
-        """Compose one output tensor."""
+    def output(self, name: str, allow_nonfinite: bool = False, *, wide: bool = False) -> LazyTensor:
+        """Compose one output tensor, ``wide`` for one that is not rounded to the base's dtype."""
         if name not in self.updates:
             return self.base.tensors[name]
         spec = self.base.tensors[name].spec
+        if wide:
+            spec = TensorSpec(name, "F64" if spec.dtype == "F64" else "F32", spec.shape)
         first = self.updates[name][0]
         if any(name in binding.resized for binding in self.bindings) and not _is_copy(self.updates[name]):
             raise MismatchError("is resized by one adapter and changed by another", file=self.base.label, tensor=name)
         if isinstance(first, Replacement) and _is_copy(self.updates[name]):
             return take(first.new, spec, self._labels[name][1], allow_nonfinite=allow_nonfinite)
         return Applied(
-            self.traced[name], self.updates[name], allow_nonfinite=allow_nonfinite, labels=self._labels[name]
+            self.traced[name],
+            self.updates[name],
+            spec.dtype,
+            allow_nonfinite=allow_nonfinite,
+            labels=self._labels[name],
         )
+
+    def rule(self, name: str) -> Rule:
+        """Say how a tensor is made."""
+        adapters = ", ".join(dict.fromkeys(self._labels.get(name, [])[1:]))
+        if _is_copy(self.updates.get(name, ())):
+            return Rule(f"copy of {adapters}")
+        return Rule(f"{self.base.label} with {adapters}" if adapters else f"copy of {self.base.label}")
 
     def originals(self) -> dict[str, LazyTensor]:
         """Collect what a later unmerge cannot recompute: the base's values of replaced tensors and rows."""
@@ -343,6 +345,8 @@ class Work:
         }
         if not draft:
             self._check_base(before)
+            if self.base.origin is not None:
+                self.base.origin.record(before)  # what the base was made from proves itself
         tensors: dict[str, dict[str, Any]] = {}
         for name, value in fingerprints.items():
             tensors[name] = {"fingerprint": value}
@@ -353,9 +357,9 @@ class Work:
             "merge",
             parameters={"coeff": list(self.coeffs)},
             inputs=[
-                {"role": "base", "name": self.base.label, "fingerprint": combined},
+                {"role": "base", "name": self.base.label, **self.base.pinned, "fingerprint": combined},
                 *(
-                    {"role": "adapter", "name": adapter.label, "fingerprint": value}
+                    {"role": "adapter", "name": adapter.label, **adapter.pinned, "fingerprint": value}
                     for adapter, value in zip(self.adapters, self.prints, strict=True)
                 ),
             ],
@@ -383,7 +387,8 @@ class Work:
         if self._allow_base_mismatch:
             return
         for adapter in self.adapters:
-            expected = expected_base(adapter, self.base)
+            found = expected_base(adapter, self.base)
+            expected = {name: value for name, value in found.items() if name in before}  # a recipe may take some layers
             wrong = [
                 name for name, value in expected.items() if value not in (before[name], self.history.base_prints.get(name))
             ]  # fmt: skip

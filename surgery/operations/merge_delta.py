@@ -13,7 +13,9 @@ from surgery.errors import FormatError, MismatchError, UsageError, VerificationE
 from surgery.exact import Delta, open_delta, restored, wrong_twin
 from surgery.formats.delta_manifest import Known
 from surgery.formats.safetensors import strict_object
+from surgery.operations.merge_rules import Rule, rules_table
 from surgery.report import join_shown
+from surgery.sources.local import pinned
 from surgery.tensor import LazyTensor, any_range
 
 
@@ -36,10 +38,11 @@ def merge_delta(known: Source, source: str | os.PathLike[str] | Delta, *, revers
         )
     work = _Restoration(checkpoint, delta, reverse)
     wanted = work.target.tensors
-    counts = {"restored": len(wanted) - work.copied, "copied": work.copied}
+    counts = {"restored": len(wanted) - len(work.shared), "copied": len(work.shared)}
     config, files = work.config()
+    tensors = restored(delta, work.traced, checkpoint.label, reverse=reverse)
     return Checkpoint(
-        restored(delta, work.traced, checkpoint.label, reverse=reverse),
+        tensors,
         label=work.target.name,
         stored=[*checkpoint.stored, *delta.stored],
         shards=work.shards(),
@@ -49,6 +52,7 @@ def merge_delta(known: Source, source: str | os.PathLike[str] | Delta, *, revers
         origin=Origin(
             work.record, counts=counts, files=files, bytes_read=checkpoint.nbytes + delta.nbytes,
             work=work_of([checkpoint], "exact delta", delta.digest, reverse),
+            tables=[rules_table({name: work.rule(name) for name in tensors}, tensors)],
         ),
     )  # fmt: skip
 
@@ -62,9 +66,15 @@ class _Restoration:
         self.reverse = reverse
         manifest = delta.manifest
         self.source, self.target = (manifest.task, manifest.base) if reverse else (manifest.base, manifest.task)
-        pairs = [(change.base, name) for name, change in manifest.changes.items() if change.base is not None]
-        self.twins = dict(pairs if reverse else [(name, base) for base, name in pairs])
+        pairs = [
+            (change.base, name, not change.blocks)
+            for name, change in manifest.changes.items()
+            if change.base is not None
+        ]
+        self.twins = {(base if reverse else name): (name if reverse else base) for base, name, _ in pairs}
         """The names of restored tensors → of those they are restored from."""
+        self.shared = {(base if reverse else name) for base, name, same in pairs if same}
+        """The names of restored tensors that both sides have alike."""
         self.traced: dict[str, provenance.Traced] = {}
         for name in self.twins.values():
             self.traced[name] = provenance.Traced(any_range(self._find(self.source.tensors[name])))
@@ -80,10 +90,12 @@ class _Restoration:
             return found
         raise MismatchError(what, file=self.checkpoint.label, tensor=wanted.spec.name, mend=f"name that {side}")
 
-    @property
-    def copied(self) -> int:
-        """How many tensors both sides share."""
-        return sum(not change.blocks and change.base is not None for change in self.delta.manifest.changes.values())
+    def rule(self, name: str) -> Rule:
+        """Say how a tensor is made: a copy of its twin, restored from it, or from the delta alone that holds it whole."""
+        if name in self.shared:
+            return Rule(f"copy of {self.checkpoint.label}")
+        twin = f"{self.checkpoint.label} and " if name in self.twins else ""
+        return Rule(f"restored from {twin}{self.delta.label}")
 
     def shards(self) -> dict[str, str]:
         """Put every tensor into the file that its twin lies in."""
@@ -120,16 +132,17 @@ class _Restoration:
             "merge",
             parameters={"reverse": self.reverse},
             inputs=[
-                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label,
+                {"role": "fine-tune" if self.reverse else "base", "name": self.checkpoint.label, **self.checkpoint.pinned,
                  "fingerprint": provenance.combine(prints)},
-                {"role": "delta", "name": self.delta.label, "fingerprint": self.delta.digest},
+                {"role": "delta", "name": self.delta.label, **pinned(self.delta.stored), "fingerprint": self.delta.digest},
             ],
             tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
         )  # fmt: skip
 
     def _prove(self, fingerprints: Mapping[str, str]) -> None:
-        for name, traced in self.traced.items():
-            if traced.fingerprint() != self.source.tensors[name].fingerprint:
+        """Prove what was restored, and what it was restored from: a recipe may take some layers alone."""
+        for name in [self.twins[wanted] for wanted in fingerprints if wanted in self.twins]:
+            if self.traced[name].fingerprint() != self.source.tensors[name].fingerprint:
                 raise wrong_twin(name, self.checkpoint.label, reverse=self.reverse)
         for name, value in fingerprints.items():
             if value != self.target.tensors[name].fingerprint:

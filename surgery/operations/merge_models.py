@@ -7,16 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgery import provenance
-from surgery.adapter import Adapter, is_adapter, open_adapter
 from surgery.algorithms.registry import ALGORITHMS, PAPER, Algorithm, find, resolve
 from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, refuse_quantised, work_of
 from surgery.errors import MismatchError, UsageError
 from surgery.merged import merged
-from surgery.names import Pattern, align, select
+from surgery.names import Pattern, select
 from surgery.operations.convert import config_file, config_in
+from surgery.operations.merge_rules import Rule, describe, rules_table
+from surgery.operations.model_inputs import (
+    Change,
+    buffered,
+    bytes_read,
+    input_entry,
+    is_change,
+    kind_of,
+    respelled,
+    with_change,
+)
 from surgery.report import join_shown
 from surgery.roles import roles_of
-from surgery.tensor import ARITHMETIC, LazyTensor, renamed
+from surgery.tensor import ARITHMETIC, LazyTensor
 
 OneOrEach = float | Sequence[float]
 """One number, or one for each model."""
@@ -36,12 +46,13 @@ def merge_models(
     seed: int = 0,
     missing: Missing = "refuse",
     allow_nonfinite: bool = False,
+    **binding: Any,
 ) -> Checkpoint:
     """Merge models, tensor by tensor, by one algorithm.
 
     Args:
         models: checkpoints of one architecture; with a base also adapters of it, which stand for the base with the
-            adapter merged into it, unrounded.
+            adapter merged into it, unrounded, and exact deltas of it, which stand for the fine-tunes that they hold.
         algorithm: its name, or a row of :data:`surgery.algorithms.registry.ALGORITHMS`.
         base: the base, for algorithms that take one; it decides names, files, dtypes and configuration, else the
             first model does.
@@ -52,6 +63,7 @@ def merge_models(
         seed: keys random draws, together with the tensor's name.
         missing: what to do with a tensor that some input lacks: refuse, or copy it from the first that has it.
         allow_nonfinite: let NaN, Inf and overflow through.
+        **binding: how adapters find their weights, see :func:`surgery.operations.model_inputs.as_model`.
 
     Returns:
         The merged checkpoint, lazily.
@@ -65,20 +77,18 @@ def merge_models(
     >>> merge_models([a, b], algorithm="linear", parameters={"coeff": [1, 3]})["w"].tolist()
     [0.75, 0.75]
     """
-    row = find(algorithm) if isinstance(algorithm, str) else algorithm
+    row = find(algorithm)
     row.check_arity(len(models), base is not None)
     if dtype is not None and dtype not in ARITHMETIC:
         raise UsageError(f"--dtype can be {', '.join(ARITHMETIC)}, not {dtype!r}")
-    opened = None if base is None else open_checkpoint(base)
-    adapters = {number: open_adapter(model) for number, model in enumerate(models) if is_adapter(model)}
+    opened = None if base is None else buffered(open_checkpoint(base))
     inputs = [
-        _with_adapter(opened, adapters[number]) if number in adapters else open_checkpoint(model)
-        for number, model in enumerate(models)
+        _changed(opened, model, binding) if is_change(model) else buffered(open_checkpoint(model)) for model in models
     ]
     reference = inputs[0] if opened is None else opened
+    roles = ["change" if is_change(model) else "model" for model in models]
     members = inputs if opened is None else [opened, *inputs]
-    work = _Work(row, members, opened is not None, missing)
-    prints = {number + 1: adapter.fingerprint() for number, adapter in adapters.items()}
+    work = _Work(row, members, roles if opened is None else ["base", *roles], missing)
     values = _Values(row, len(models), parameters or {}, work.roles())
     tensors = {
         name: work.output(name, values.of(name), dtype=dtype, compat=compat, seed=seed, allow_nonfinite=allow_nonfinite)
@@ -93,27 +103,26 @@ def merge_models(
         shards=reference.shards,
         config=config_in(reference.config, dtype),
         side_files=reference.side_files,
-        notes=[*dict.fromkeys(note for member in members for note in member.notes), *work.notes],
+        notes=list(dict.fromkeys(note for member in work.members for note in member.notes)),
         origin=Origin(
-            work.recorder(said | ({"dtype": dtype} if dtype else {}), prints),
+            work.recorder(said | ({"dtype": dtype} if dtype else {})),
             counts=work.counts(),
             files=config_file(reference.config, dtype),
             work=work_of(members, said, dtype, missing, allow_nonfinite) if known else None,
-            bytes_read=sum(member.nbytes for member in members),
+            bytes_read=sum(map(bytes_read, members)),
+            tables=[rules_table(work.rules, tensors)],
         ),
     )
 
 
-def _with_adapter(base: Checkpoint | None, adapter: Adapter) -> Checkpoint:
-    """Return what an adapter stands for: the base with the adapter in it."""
+def _changed(base: Checkpoint | None, change: Change, binding: Mapping[str, Any]) -> Checkpoint:
     if base is None:
+        name = getattr(change, "label", change)
         raise UsageError(
-            f"{adapter.label} is an adapter, which is a model only together with its base",
+            f"{name} is {kind_of(change)}, which is a model only together with its base",
             mend="use an algorithm that takes a base (task_arithmetic, ties …), or merge it into its base first",
         )
-    from surgery.operations.merge import as_model  # the other way round, merge calls this module
-
-    return as_model(base, adapter)
+    return with_change(base, change, **binding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,7 @@ class _Values:
         self._row = row
         self._count = count
         self._given = dict(given)
+        self.rules: dict[str, Rule] = {}
         self._roles = roles
         self._patterns: dict[str, list[tuple[Pattern, OneOrEach]]] = {}
         for key, value in given.items():
@@ -190,33 +200,25 @@ def _plain(value: Any) -> Any:
 class _Work:
     """One merge of models: which input has what, and what its record will say."""
 
-    def __init__(self, row: Algorithm, members: Sequence[Checkpoint], has_base: bool, missing: Missing) -> None:
+    def __init__(self, row: Algorithm, members: Sequence[Checkpoint], roles: Sequence[str], missing: Missing) -> None:
         self.row = row
-        self.members = members
-        self.notes: list[str] = []
-        self._has_base = has_base
-        self._tensors: list[dict[str, provenance.Traced]] = []
-        for member in members:
-            self._tensors.append(self._spelled(member))
+        self.members = [members[0], *(respelled(member, members[0].tensors) for member in members[1:])]
+        self.rules: dict[str, Rule] = {}
+        self._roles = roles
+        self._has_base = roles[0] == "base"
+        self._tensors = [
+            {name: provenance.Traced(tensor) for name, tensor in member.tensors.items()} for member in self.members
+        ]
         self.names = list(dict.fromkeys(name for tensors in self._tensors for name in tensors))
         self._everywhere = {name for name in self.names if all(name in tensors for tensors in self._tensors)}
         if missing == "refuse":
             self._refuse_missing()
-        for member in members:
+        for member in self.members:
             refuse_quantised(member, sorted(self._everywhere))
 
     def roles(self) -> dict[str, str]:
         """Say what each output tensor is, for patterns."""
         return roles_of({name: next(own[name].spec for own in self._tensors if name in own) for name in self.names})
-
-    def _spelled(self, member: Checkpoint) -> dict[str, provenance.Traced]:
-        """Give a member's tensors the first member's names, traced."""
-        alignment = align(list(self.members[0].tensors), list(member.tensors))
-        self.notes += [f"{member.label}: {note}" for note in alignment.notes]
-        return {
-            spelled: provenance.Traced(renamed(member.tensors[name], spelled))
-            for name, spelled in alignment.names.items()
-        }
 
     def _refuse_missing(self) -> None:
         for name in self.names:
@@ -230,11 +232,17 @@ class _Work:
 
     def output(self, name: str, chosen: _Chosen, **options: Any) -> LazyTensor:
         """Compose one output tensor."""
+        labels = [member.label for member in self.members]
         if name not in self._everywhere:
-            return next(own[name] for own in self._tensors if name in own)
+            first = next(number for number, own in enumerate(self._tensors) if name in own)
+            self.rules[name] = Rule(f"copy of {labels[first]}")
+            return self._tensors[first][name]
+        onto = f" onto {labels[0]}" if self._has_base else ""
+        self.rules[name] = Rule(
+            f"{self.row.name} of {', '.join(labels[self._has_base :])}{onto}", describe(chosen.whole, chosen.each)
+        )
         inputs = [own[name] for own in self._tensors]
         base = inputs.pop(0) if self._has_base else None
-        labels = [member.label for member in self.members]
         return merged(name, inputs, base, self.row, chosen.whole, chosen.each, labels=labels, **options)
 
     def counts(self) -> dict[str, int]:
@@ -242,21 +250,15 @@ class _Work:
         numbers = sum(self._tensors[0][name].spec.dtype in ARITHMETIC for name in self._everywhere)
         return {"merged": numbers, "copied": len(self.names) - numbers}
 
-    def recorder(
-        self, parameters: Mapping[str, Any], adapters: Mapping[int, str]
-    ) -> Callable[[Mapping[str, str]], dict[str, Any]]:
-        """Compose the provenance record, with a fingerprint of every input; those of adapters are given."""
+    def recorder(self, parameters: Mapping[str, Any]) -> Callable[[Mapping[str, str]], dict[str, Any]]:
+        """Compose the provenance record, with a fingerprint of every input."""
 
         def record(fingerprints: Mapping[str, str]) -> dict[str, Any]:
             draft = provenance.PLACEHOLDER in fingerprints.values()
-            inputs = []
-            for number, (member, own) in enumerate(zip(self.members, self._tensors, strict=True)):
-                role = "base" if self._has_base and number == 0 else "adapter" if number in adapters else "model"
-                if draft or role == "adapter":
-                    whole = adapters.get(number, provenance.PLACEHOLDER)
-                else:
-                    whole = provenance.combine({name: tensor.fingerprint() for name, tensor in own.items()})
-                inputs.append({"role": role, "name": member.label, "fingerprint": whole})
+            inputs = [
+                input_entry(role, member, own, draft=draft)
+                for role, member, own in zip(self._roles, self.members, self._tensors, strict=True)
+            ]
             tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
             return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
 

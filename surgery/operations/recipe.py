@@ -16,9 +16,10 @@ from surgery.formats.recipe import Module, Part, Recipe, Slice, parse
 from surgery.formats.tokenizer import CONFIG, FILE_STARTS, with_template
 from surgery.merged import merged
 from surgery.operations import recipe_config
-from surgery.operations.recipe_inputs import Input, Inputs, last_stage
+from surgery.operations.merge_rules import Rule, describe, generalised, rules_table
+from surgery.operations.model_inputs import bytes_read, input_entry
+from surgery.operations.recipe_inputs import Input, Inputs, Spelled, last_stage, on_bases
 from surgery.operations.recipe_outputs import Outline, Output
-from surgery.operations.recipe_rules import Rule, describe, generalised, rules_table
 from surgery.operations.recipe_settings import Choices
 from surgery.operations.recipe_tokenizer import (
     Tokens,
@@ -35,18 +36,24 @@ from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
 
 def merge_recipe(
-    recipe: str | os.PathLike[str] | bytes, *, compat: str = MERGEKIT, seed: int = 0, allow_nonfinite: bool = False
+    recipe: str | os.PathLike[str] | bytes,
+    *,
+    compat: str = MERGEKIT,
+    seed: int = 0,
+    allow_base_mismatch: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Checkpoint:
     """Compose the merge that a recipe describes; headers are read and everything is checked, data is not read.
 
     The language is mergekit's YAML: ``models``, ``slices`` or ``modules``, parameters as numbers, gradients and
     conditions, several stages in one file (:mod:`surgery.formats.recipe`). Models are folders or files under the
-    working directory, or models in the Hugging Face cache.
+    working directory, or models in the Hugging Face cache; adapters and exact deltas stand for their base with them.
 
     Args:
         recipe: a file, or its bytes.
         compat: ``"mergekit"``, which its recipes imply, or ``"paper"``.
         seed: keys random draws, together with the tensor's name.
+        allow_base_mismatch: take adapters for models although they were taken from another base.
         allow_nonfinite: let NaN, Inf and overflow through.
 
     Returns:
@@ -73,9 +80,11 @@ def merge_recipe(
         last = last_stage(recipes)
 
         def make(stage: Recipe, inputs: Inputs) -> Checkpoint:
-            return _Merge(stage, data.decode(), inputs, compat, seed, allow_nonfinite).result()
+            own = on_bases(stage, inputs)
+            spelled = Spelled(inputs, next(own.references()))
+            return _Merge(own, data.decode(), spelled, compat, seed, allow_nonfinite).result()
 
-        return make(last, Inputs(recipes, make))
+        return make(last, Inputs(recipes, make, allow_base_mismatch=allow_base_mismatch))
     except SurgeryError as error:
         raise error.at(file=label) from None
 
@@ -103,7 +112,7 @@ class _Merge:
     recipe: Recipe
     text: str
     """The whole file, for the record."""
-    inputs: Inputs
+    inputs: Spelled
     compat: str
     seed: int
     allow_nonfinite: bool
@@ -161,7 +170,7 @@ class _Merge:
                 files=files,
                 counts=self.tally.counts(),
                 work=self._work(),
-                bytes_read=sum(tensor.spec.nbytes for own in self.traced.values() for tensor in own.values()),
+                bytes_read=sum(map(self._bytes_read, range(len(self.members)))),
                 tables=(rules_table(self.rules, tensors), *self._unused()),
             ),
         )
@@ -333,6 +342,11 @@ class _Merge:
         """Say everything that decides the values, beside the inputs."""
         return repr((self.text, self.compat, self.seed, self.allow_nonfinite))
 
+    def _bytes_read(self, number: int) -> int:
+        """Return what a member costs to read: the share of its bytes that is used."""
+        model, used = self.members[number].model, self.traced[number].values()
+        return bytes_read(model) * sum(tensor.spec.nbytes for tensor in used) // max(model.nbytes, 1)
+
     def _unused(self) -> list[Table]:
         """List the tensors of the models that go into nothing: layers that were left out."""
         rows = []
@@ -345,14 +359,10 @@ class _Merge:
     def _record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """Compose the provenance record: the recipe's own words, and a fingerprint of every input."""
         draft = provenance.PLACEHOLDER in fingerprints.values()
-        inputs = []
-        for number, member in enumerate(self.members):
-            prints = {} if draft else {name: tensor.fingerprint() for name, tensor in self.traced[number].items()}
-            whole = provenance.PLACEHOLDER if draft else provenance.combine(prints)
-            entry = {"role": "model", "name": member.model.label, "fingerprint": whole}
-            made = member.model.origin  # a stage, or a model with an adapter: its own inputs are the leaves
-            leaves = made.record(prints or dict.fromkeys(member.model.tensors, whole)).get("inputs") if made else None
-            inputs.append(entry | ({"inputs": leaves} if leaves else {}))
+        inputs = [
+            input_entry("model", member.model, self.traced[number], draft=draft)
+            for number, member in enumerate(self.members)
+        ]
         parameters: dict[str, Any] = {"algorithm": self.algorithm.name, "compat": self.compat, "recipe": self.text}
         if self.algorithm.random:
             parameters["seed"] = self.seed

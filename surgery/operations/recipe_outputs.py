@@ -9,7 +9,7 @@ from surgery.algorithms.registry import MERGEKIT
 from surgery.errors import MismatchError
 from surgery.formats.recipe import Module, Part, Reference, Slice
 from surgery.operations.recipe_config import LayerOrigin
-from surgery.operations.recipe_inputs import Input, Inputs
+from surgery.operations.recipe_inputs import Input, Spelled
 from surgery.operations.recipe_layers import Stack, comes_before, is_head, main_stack, stacks_of
 from surgery.operations.recipe_tokenizer import is_vocabulary, rows_of
 from surgery.report import join_shown
@@ -36,7 +36,7 @@ class Outline:
         compat: decides ``t`` for tensors outside of the layers.
     """
 
-    def __init__(self, modules: Sequence[Module], inputs: Inputs, compat: str) -> None:
+    def __init__(self, modules: Sequence[Module], inputs: Spelled, compat: str) -> None:
         self.modules = modules
         self.inputs = inputs
         self.compat = compat

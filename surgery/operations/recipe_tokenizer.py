@@ -19,7 +19,7 @@ from surgery.formats import tokenizer as forms
 from surgery.formats.recipe import Reference, TokenizerChoice, TokenRule
 from surgery.formats.safetensors import strict_object
 from surgery.formats.tokenizer import Vocabulary
-from surgery.operations.recipe_inputs import Inputs
+from surgery.operations.recipe_inputs import Spelled
 from surgery.operations.recipe_templates import TEMPLATES
 from surgery.operations.recipe_vocabulary import Cell, Remapped, Run, runs_of
 from surgery.roles import layer_of, role_of
@@ -142,7 +142,7 @@ class Tokens:
 
 
 def choose_tokens(
-    choice: TokenizerChoice, models: Sequence[Checkpoint], base: Checkpoint | None, inputs: Inputs
+    choice: TokenizerChoice, models: Sequence[Checkpoint], base: Checkpoint | None, inputs: Spelled
 ) -> Tokens:
     """Build the output's tokenizer.
 

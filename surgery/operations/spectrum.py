@@ -21,6 +21,7 @@ from surgery.operations.extraction_plan import Extraction
 from surgery.operations.extraction_units import Unit
 from surgery.operations.pairs import Pair
 from surgery.report import Table, percent
+from surgery.sources.remote import expect
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 """Ranks whose share of the energy is shown."""
@@ -163,6 +164,7 @@ def spectrum(
             raise error.at(tensor=name) from None
         watcher.advance(plan.base.tensors[name].spec.nbytes + plan.tuned[name].spec.nbytes)
 
+    expect(side[name] for name in plan.units for side in (plan.base.tensors, plan.tuned))
     watcher.start(sum(plan.base.tensors[n].spec.nbytes + plan.tuned[n].spec.nbytes for n in plan.units))
     try:
         in_parallel(largest_first(plan.base, plan.units), work, plan.settings.jobs)

@@ -214,7 +214,7 @@ class _Work:
         if isinstance(update, LowRank | ExpertsLowRank | Dense):
             return update  # bound with the negated coefficient already
         raise MismatchError(
-            "DoRA cannot be subtracted: its norms are the base's", file=self.adapter.label, tensor=name,
+            "what scales weights (DoRA, IA³) cannot be subtracted", file=self.adapter.label, tensor=name,
             mend="pass --base BASE",
         )  # fmt: skip
 
@@ -261,8 +261,13 @@ class _Work:
             "unmerge",
             parameters={"coeff": self.entry["coeff"] if self.entry else None},
             inputs=[
-                {"role": "merged", "name": self.merged.label},
-                {"role": "adapter", "name": self.adapter.label, "fingerprint": self.adapter.fingerprint()},
+                {"role": "merged", "name": self.merged.label, **self.merged.pinned},
+                {
+                    "role": "adapter",
+                    "name": self.adapter.label,
+                    **self.adapter.pinned,
+                    "fingerprint": self.adapter.fingerprint(),
+                },
                 *([{"role": "base", "name": self._base_label}] if self._base else []),
             ],
             tensors=tensors,

@@ -14,13 +14,14 @@ from surgery.checkpoint import Source, default_jobs
 from surgery.errors import FormatError, UsageError, VerificationError
 from surgery.exact import Delta, is_delta, open_delta, read_block
 from surgery.execute import Progress, Silent
-from surgery.formats import peft
+from surgery.formats import peft, peft_scalings
 from surgery.formats.delta_manifest import Coded
 from surgery.history import read_record
 from surgery.operations.verify_serving import Serving, verify_serving
 from surgery.report import Table, join_shown
 from surgery.roles import layer_of, role_of
-from surgery.sources import local
+from surgery.sources import folders, local
+from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, human_bytes
 
 
@@ -101,7 +102,7 @@ def verify(
     real = local.resolve(path)
     if is_delta(real):
         return _verify_delta(open_delta(real), jobs or default_jobs(), progress or Silent())
-    adapter = real.is_dir() and (real / peft.CONFIG).exists()
+    adapter = folders.is_folder(real) and folders.exists(real / peft.CONFIG)
     stored = local.open_weights(real, adapter=adapter)
     checks = [
         (
@@ -139,6 +140,7 @@ def _verify_delta(delta: Delta, jobs: int, progress: Progress) -> Verification:
             raise error.at(file=delta.label, tensor=name) from None
         return block.size
 
+    expect([delta.data])
     progress.start(delta.manifest.data_bytes)
     with ThreadPoolExecutor(jobs, thread_name_prefix="surgery") as pool:
         try:
@@ -159,10 +161,17 @@ def _size(tensors: dict[str, LazyTensor]) -> int:
     return sum(tensor.spec.nbytes for tensor in tensors.values())
 
 
+METHODS_OF_PEFT = (*peft_scalings.KINDS, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "AdapterHub's")
+"""Kinds that ``surgery add`` writes beside LoRA, whose tensors are held against the record alone."""
+
+
 def _check_adapter(folder: Path, stored: local.StoredWeights) -> str:
     document = local.read_config(folder, peft.CONFIG)
     if document is None:
         raise FormatError(f"has no {peft.CONFIG}", file=folder)
+    kind = document.get("peft_type", "AdapterHub's" if "config" in document else None)
+    if kind in METHODS_OF_PEFT:
+        return f"{kind}, {len(stored.tensors)} tensors"
     config = peft.parse_config(document)
     parts = peft.collect(stored.tensors)
     for module, roles in parts.low_rank.items():
@@ -171,9 +180,9 @@ def _check_adapter(folder: Path, stored: local.StoredWeights) -> str:
 
 
 def _check_config(path: Path, stored: local.StoredWeights) -> list[str]:
-    config = local.read_config(path) if path.is_dir() else None
+    config = local.read_config(path) if folders.is_folder(path) else None
     if config is None:
-        return ["there is no config.json to hold the tensors against"] if path.is_dir() else []
+        return ["there is no config.json to hold the tensors against"] if folders.is_folder(path) else []
     specs = {name: tensor.spec for name, tensor in stored.tensors.items()}
     vocabulary, hidden = config.get("vocab_size"), config.get("hidden_size")
     for name, spec in specs.items():
@@ -201,6 +210,7 @@ def _check_fingerprints(
         name = (missing or extra)[0]
         what = "is in the record but not in the files" if missing else "is in the files but not in the record"
         raise VerificationError(what, file=path, tensor=name)
+    expect(tensors.values())
     progress.start(_size(tensors))
 
     def check(name: str) -> str | None:

@@ -18,7 +18,7 @@ from surgery.formats import peft, serving
 from surgery.formats.servers import Problem, Server
 from surgery.names import align, module_of
 from surgery.report import Table
-from surgery.sources import local
+from surgery.sources import folders, local
 from surgery.tensor import TensorSpec
 
 
@@ -117,7 +117,7 @@ def verify_serving(
         UsageError: no server is called so.
     """
     real = local.resolve(path)
-    folder = real if real.is_dir() else real.parent
+    folder = real if folders.is_folder(real) else real.parent
     wanted = list(serving.SERVERS) if "all" in servers else list(dict.fromkeys(servers))
     found = [serving.server_named(name) for name in wanted]
     document = local.read_config(folder, peft.CONFIG)
@@ -145,7 +145,7 @@ def verify_serving(
 
 def _files(server: Server, folder: Path) -> Iterable[Problem]:
     """Look for the weights under the names that the server looks for."""
-    members = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    members = [name for name, is_folder in folders.members(folder) if not is_folder]
     if not any(fnmatch.fnmatchcase(name, pattern) for name in members for pattern in server.files):
         yield Problem("refused", "files", f"{server.title} looks for {' or '.join(server.files)}", "rename the file")
     if server.name == "sglang" and "added_tokens.json" in members:

@@ -9,13 +9,51 @@ from __future__ import annotations
 import os
 import stat
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from surgery.errors import FormatError, IOFailure, SurgeryError
 from surgery.tensor import TensorSpec, byte_range
+
+
+class StoredFile(Protocol):
+    """A file that is read at any place, from any thread, wherever it is; see :class:`OpenFile`."""
+
+    path: Path
+    size: int
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The same for the same file, however it is called."""
+        ...
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """What differs once the file was rewritten."""
+        ...
+
+    def learn(self, starts: Iterable[int]) -> None:
+        """Be told where tensors begin."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read exactly so many bytes."""
+        ...
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill ``out``."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Refuse if it was rewritten since it was opened."""
+        ...
+
+    def close(self) -> None:
+        """Read no more from it."""
+        ...
 
 
 class OpenFile:
@@ -49,6 +87,9 @@ class OpenFile:
         out = bytearray(length)
         self.read_into(offset, memoryview(out))
         return bytes(out)
+
+    def learn(self, starts: Iterable[int]) -> None:
+        """Be told where tensors begin, which does not matter here."""
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes at ``offset``.
@@ -110,7 +151,7 @@ class FileTensor:
     """A tensor that lies contiguously in a file."""
 
     spec: TensorSpec
-    file: OpenFile
+    file: StoredFile
     offset: int
     unit: ClassVar[int] = 1
     scratch: ClassVar[int] = 0

@@ -10,16 +10,22 @@ import os
 import re
 from pathlib import Path
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+from surgery.errors import SurgeryError
+from surgery.formats.safetensors import parse_index
+from surgery.sources.references import is_repository
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".delta")
+MAIN = "main"
+"""The branch that is meant where none is named."""
 
 
-def is_hub_name(text: str) -> bool:
-    """Say whether ``text`` could name a repository.
+def folder_name(name: str) -> str:
+    """Name a repository's folder in the cache.
 
-    >>> is_hub_name("org/name"), is_hub_name("./folder"), is_hub_name("a/b/c")
-    (True, False, False)
+    >>> folder_name("org/name")
+    'models--org--name'
     """
-    return _NAME.fullmatch(text) is not None and ".." not in text
+    return f"models--{name.replace('/', '--')}"
 
 
 def cache_folder() -> Path:
@@ -31,6 +37,19 @@ def cache_folder() -> Path:
     return Path(home, "hub").expanduser()
 
 
+def is_whole(snapshot: Path) -> bool:
+    """Say whether a snapshot has weights, and all shards that its indexes name: it may have been fetched in part."""
+    names = {path.name for path in snapshot.iterdir()}
+    for index in (name for name in names if name.endswith(".index.json")):
+        try:
+            shards = parse_index((snapshot / index).read_bytes()).values()
+        except (OSError, SurgeryError):
+            return True  # whoever opens it says what is wrong
+        if not names.issuperset(shards):
+            return False
+    return any(name.endswith(WEIGHTS) for name in names)
+
+
 def find_snapshot(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a downloaded model; ``None`` where it is not in the cache.
 
@@ -38,11 +57,11 @@ def find_snapshot(name: str, revision: str | None = None) -> Path | None:
         name: ``org/name``, or ``name``.
         revision: a branch, a tag, or a commit or its first seven characters or more; ``main`` by default.
     """
-    if not is_hub_name(name):
+    if not is_repository(name):
         return None
-    repository = cache_folder() / f"models--{name.replace('/', '--')}"
+    repository = cache_folder() / folder_name(name)
     snapshots = repository / "snapshots"
-    commit = revision or "main"
+    commit = revision or MAIN
     reference = repository / "refs" / commit
     if ".." not in commit.split("/") and reference.is_file():
         commit = reference.read_text(encoding="ascii", errors="replace").strip()

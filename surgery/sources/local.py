@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 from surgery.errors import FormatError, MismatchError, SurgeryError, UnsafeError, UsageError, printable
 from surgery.formats import pickle, safetensors
 from surgery.names import unwrap
-from surgery.sources.files import FileTensor, OpenFile
+from surgery.sources import folders, references
+from surgery.sources.files import FileTensor, OpenFile, StoredFile
 from surgery.tensor import BITS, LazyTensor, TensorSpec
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -42,14 +43,20 @@ class StoredWeights:
     tensors: dict[str, LazyTensor]
     shards: dict[str, str]
     """Tensor name → the name of the file that holds it."""
-    files: list[OpenFile]
+    files: list[StoredFile]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         """The folder that side files lie in."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.path if folders.is_folder(self.path) else self.path.parent
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, where the files are of a repository on the Hub."""
+        snapshot = _snapshot_of(self.path)
+        return snapshot.name if snapshot and cached_name(snapshot) else None
 
     def state(self) -> str:
         """Name the files and their states: another text once any of them was changed."""
@@ -64,6 +71,12 @@ class StoredWeights:
         """Close every file."""
         for file in self.files:
             file.close()
+
+
+def pinned(stored: Sequence[StoredWeights]) -> dict[str, str]:
+    """Return what a record says of where a checkpoint's files were beside its name: the commit, of one from the Hub."""
+    revisions = [weights.revision for weights in stored]
+    return {"revision": revisions[0]} if len(revisions) == 1 and revisions[0] else {}
 
 
 def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_links: bool = False) -> StoredWeights:
@@ -81,12 +94,17 @@ def open_weights(ref: str | os.PathLike[str], *, adapter: bool = False, follow_l
     """
     path = resolve(ref)
     stored = StoredWeights(path, _label(ref, path), {}, {}, [])
-    if path.is_dir():
-        _open_folder(stored, adapter=adapter, follow_links=follow_links)
-    else:
-        add_file(stored, path, path.name)
-    if adapter and not stored.tensors:
-        raise FormatError("holds no tensors", file=path)
+    try:
+        if folders.is_folder(path):
+            _open_folder(stored, adapter=adapter, follow_links=follow_links)
+        else:
+            add_file(stored, path, path.name)
+        if adapter and not stored.tensors:
+            raise FormatError("holds no tensors", file=path)
+    except SurgeryError as error:
+        if references.is_hub_reference(ref) and error.file is not None:  # where it is cached means nothing to anybody
+            error.file = error.file.replace(os.fspath(path), os.fspath(ref))
+        raise
     return stored
 
 
@@ -95,27 +113,46 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
 
     Raises:
         UsageError: an empty reference, a scheme that this version does not read, or nothing there.
+        HubError: the Hub does not give the repository that is named.
     """
     text = os.fspath(ref)
     if not text or "\0" in text:
         raise UsageError("the path is empty" if not text else "the path holds a NUL")
+    if references.is_hub_reference(text):
+        from surgery.sources import hub
+
+        return _or_its_delta(hub.locate(references.parse_reference(text)))
     scheme = re.match(r"([a-z0-9]+)://", text)
     if scheme:
-        raise UsageError(
-            f"{scheme[1]}:// references are not read yet", file=text, mend="download it and pass the folder"
-        )
+        raise UsageError(f"{scheme[1]}:// references are not read", file=text, mend="download it and pass the folder")
     path = Path(os.path.expanduser(text))
     if not os.path.lexists(path):
-        hint = "surgery reads local paths: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else None
+        hint = f"on the Hub it is hf://{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else None
         raise UsageError("no such file or folder", file=text, mend=hint)
     if path.is_dir():
-        return Path(os.path.realpath(path))
+        return _or_its_delta(Path(os.path.realpath(path)))
     # A file keeps the name it was called by: in a Hugging Face cache it is a link to a blob, whose name says nothing.
     return Path(os.path.realpath(path.parent)) / path.name
 
 
+DELTA_SUFFIX = ".delta"
+
+
+def _or_its_delta(path: Path) -> Path:
+    """Return the exact delta that a folder holds in place of weights, as a repository of one does; else ``path``."""
+    if not folders.is_folder(path):
+        return path
+    names = [name for name, is_folder in folders.members(path) if not is_folder]
+    deltas = [name for name in names if name.endswith(DELTA_SUFFIX)]
+    weights = any(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
+    return path / deltas[0] if len(deltas) == 1 and not weights else path
+
+
 def stem_of(source: str | os.PathLike[str]) -> str:
     """Name a checkpoint by its folder, its repository in a Hugging Face cache, or its file without the ending."""
+    if references.is_hub_reference(source):
+        named = references.parse_reference(source)
+        return (named.path or named.repo).rpartition("/")[2].removesuffix(".safetensors")
     path = Path(os.path.abspath(os.path.expanduser(source)))
     cached = cached_name(Path(os.path.realpath(path)))
     return cached.rpartition("/")[2] if cached else path.name.removesuffix(".safetensors")
@@ -123,7 +160,8 @@ def stem_of(source: str | os.PathLike[str]) -> str:
 
 def _label(ref: str | os.PathLike[str], path: Path) -> str:
     """Name a checkpoint for people: ``org/name`` inside a Hugging Face cache, else the last part of what was typed."""
-    return printable(cached_name(path) or os.path.basename(os.path.abspath(os.path.expanduser(ref))))
+    named = references.parse_reference(ref).repo if references.is_hub_reference(ref) else cached_name(path)
+    return printable(named or os.path.basename(os.path.abspath(os.path.expanduser(ref))))
 
 
 def cached_name(path: Path) -> str | None:
@@ -136,9 +174,14 @@ def cached_name(path: Path) -> str | None:
     return found[1].replace("--", "/") if found else None
 
 
+def _snapshot_of(path: Path) -> Path | None:
+    """Find the snapshot of a Hugging Face cache that a file or folder lies in, or is."""
+    return next((place for place in (path, *path.parents) if place.parent.name == "snapshots"), None)
+
+
 def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) -> None:
     folder = stored.path
-    members = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    members = [name for name, _ in folders.members(folder) if not name.startswith(".")]
     index, singles = _weight_set(folder, members, adapter=adapter, notes=stored.notes)
     if index is None:
         for name in singles:
@@ -151,7 +194,7 @@ def _open_folder(stored: StoredWeights, *, adapter: bool, follow_links: bool) ->
         raise MismatchError(
             f"holds two weight sets, {twins[0]} and {index}", file=folder, mend="remove one, or pass the file"
         )
-    missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
+    missing = [shard for shard in shards if not folders.exists(folder / shard)]
     if missing:
         raise FormatError(
             f"{len(missing)} of its {len(shards)} shards are not there: {', '.join(missing[:5])}",
@@ -221,10 +264,12 @@ def _check_numbering(folder: Path, names: list[str]) -> None:
 
 def _inside(folder: Path, name: str, follow_links: bool) -> Path:
     """Resolve a member of ``folder`` and refuse it where it leads outside."""
+    if folders.is_absent(folder / name):
+        return folder / name
     real = Path(os.path.realpath(folder / name))
     homes = [folder]
-    if folder.parent.name == "snapshots":
-        repo = folder.parent.parent
+    if snapshot := _snapshot_of(folder):
+        repo = snapshot.parent.parent
         homes += [repo / "blobs", repo.parent / "blobs"]
     if not follow_links and not any(real.is_relative_to(home) for home in homes):
         raise UnsafeError(
@@ -253,7 +298,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Mapping[str
 
 def add_file(stored: StoredWeights, path: Path, shard: str) -> None:
     """Open one weight file and add its tensors under the shard name it goes by."""
-    file = OpenFile(path)
+    file = folders.open_file(path)
     stored.files.append(file)
     try:
         pickled = shard.endswith(PICKLE_SUFFIXES)
@@ -267,24 +312,26 @@ def add_file(stored: StoredWeights, path: Path, shard: str) -> None:
         stored.shards[name] = shard
 
 
-def _safetensors(file: OpenFile, metadata: dict[str, str]) -> dict[str, LazyTensor]:
+def _safetensors(file: StoredFile, metadata: dict[str, str]) -> dict[str, LazyTensor]:
     length = safetensors.header_length(file.read(0, min(8, file.size)), file.size)
     header = safetensors.parse_header(file.read(8, length), file.size)
     metadata.update(header.metadata)
+    file.learn(header.offsets.values())
     with safetensors.without_collector():
         return {name: FileTensor(spec, file, header.offsets[name]) for name, spec in header.specs.items()}
 
 
-def _pickled(file: OpenFile, notes: list[str]) -> dict[str, LazyTensor]:
+def _pickled(file: StoredFile, notes: list[str]) -> dict[str, LazyTensor]:
     tree = pickle.read_tree(file.read, file.size)
     found, more = unwrap(tree, lambda value: isinstance(value, pickle.StoredTensor))
     notes += more
     if not found:
         raise FormatError("holds no tensors")
+    file.learn(value.storage[0] for value in found.values())
     return {name: _pickled_tensor(name, value, file) for name, value in found.items()}
 
 
-def _pickled_tensor(name: str, value: pickle.StoredTensor, file: OpenFile) -> LazyTensor:
+def _pickled_tensor(name: str, value: pickle.StoredTensor, file: StoredFile) -> LazyTensor:
     try:
         safetensors.check_name(name)
     except SurgeryError as error:
@@ -300,7 +347,7 @@ class StridedTensor:
     """A transposed or expanded view of a pickled storage: read whole, and only then put in order."""
 
     spec: TensorSpec
-    file: OpenFile
+    file: StoredFile
     stored: pickle.StoredTensor
     scratch: int = 0
 
@@ -325,9 +372,9 @@ class StridedTensor:
 
 def read_small(path: Path) -> bytes:
     """Read a configuration file whole, up to :data:`CONFIG_LIMIT` bytes."""
-    with OpenFile(path) as file:
-        if file.size > CONFIG_LIMIT:
-            raise FormatError(f"{file.size:,} bytes are too many for a configuration file", file=path)
+    if folders.size(path) > CONFIG_LIMIT:
+        raise FormatError(f"{folders.size(path):,} bytes are too many for a configuration file", file=path)
+    with OpenFile(folders.here(path)) as file:
         return file.read(0, file.size)
 
 
@@ -338,7 +385,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any] | Non
         FormatError: it is not a JSON object.
         UnsafeError: it is a link that leads out of the folder.
     """
-    if not os.path.lexists(folder / name):
+    if not folders.exists(folder / name):
         return None
     try:
         return safetensors.strict_object(read_small(_inside(folder, name, follow_links=False)))
@@ -353,17 +400,15 @@ def side_files(folder: Path) -> dict[str, Path]:
     sentence-transformers (``1_Pooling/``) travel whole.
 
     Returns:
-        Path relative to ``folder`` → the real file.
+        Path relative to ``folder`` → the real file, or where :func:`surgery.sources.folders.here` puts it.
     """
     found: dict[str, Path] = {}
-    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
-        if entry.is_dir() and re.fullmatch(r"\d+_\w+", entry.name):
-            for inner in sorted(os.scandir(entry.path), key=lambda item: item.name):
-                if inner.is_file():
-                    name = f"{entry.name}/{inner.name}"
-                    found[name] = _inside(folder, name, follow_links=False)
-        elif entry.is_file() and _is_side_file(entry.name) and entry.stat().st_size <= SIDE_LIMIT:
-            found[entry.name] = _inside(folder, entry.name, follow_links=False)
+    for name, is_folder in folders.members(folder):
+        if is_folder and re.fullmatch(r"\d+_\w+", name):
+            inner = [f"{name}/{one}" for one, deeper in folders.members(folder / name) if not deeper]
+            found.update({one: _inside(folder, one, follow_links=False) for one in inner})
+        elif not is_folder and _is_side_file(name) and folders.size(folder / name) <= SIDE_LIMIT:
+            found[name] = _inside(folder, name, follow_links=False)
     return found
 
 
