@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError
     from surgery.operations.add import add
     from surgery.operations.convert import convert
+    from surgery.operations.delta_squash import squash_deltas
+    from surgery.operations.delta_switch import switch_delta
     from surgery.operations.diff import diff
     from surgery.operations.extract_delta import extract_delta
     from surgery.operations.extract_lora import extract_lora
@@ -55,6 +57,8 @@ __all__ = [
     "push",
     "remove",
     "spectrum",
+    "squash_deltas",
+    "switch_delta",
     "unmerge",
     "verify",
 ]
@@ -76,6 +80,8 @@ _HOMES = {
     "push": ("surgery.operations.push", "push"),
     "remove": ("surgery.operations.remove", "remove"),
     "spectrum": ("surgery.operations.spectrum", "spectrum"),
+    "squash_deltas": ("surgery.operations.delta_squash", "squash_deltas"),
+    "switch_delta": ("surgery.operations.delta_switch", "switch_delta"),
     "unmerge": ("surgery.operations.unmerge", "unmerge"),
     "verify": ("surgery.operations.verify", "verify"),
 }

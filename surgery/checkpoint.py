@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.formats.delta_manifest import MANIFEST
+from surgery.kept import Companion
 from surgery.plan import Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
@@ -37,8 +38,12 @@ class Origin:
     """How a checkpoint came to be: what its record will say, and what is kept beside it."""
 
     record: Record
-    kept: Mapping[str, LazyTensor] = field(default_factory=dict)
-    """Tensors for ``.surgery/originals``: what merges replaced."""
+    kept: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    """What is kept beside the weights: for each of our containers its tensors."""
+    carried: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Recorded fingerprints of those tensors in ``kept`` that an earlier output kept."""
+    watch: Callable[[], tuple[Mapping[str, LazyTensor], Companion]] | None = None
+    """Begins a run under somebody's eyes: the tensors that are looked at while they are made, and who looks."""
     history: Any = None
     """What will be merged into it once it is saved: a :class:`surgery.history.History`."""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -173,7 +178,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         origin = self.origin or Origin(self._copy_record, counts={"copied": len(self)})
         single = _whole_file(out, max_shard_size)
         weights = lay_out(
-            self.tensors,
+            self._watched(origin)[0],
             shards=None if single else self.shards,
             max_shard_size=_NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
@@ -183,12 +188,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         )
         if single:
             return weights
-        kept = lay_out(origin.kept, workers=1) if origin.kept else None
+        kept = [lay_out(content, workers=1) for content in origin.kept.values() if content]
         beside = [*map(len, origin.files.values()), *map(folders.size, self._copies(origin).values())]
         return replace(
             weights,
-            bytes_written=weights.bytes_written + (kept.bytes_written if kept else 0) + sum(beside),
-            peak_memory=max(weights.peak_memory, kept.peak_memory if kept else 0),
+            bytes_written=weights.bytes_written + sum(plan.bytes_written for plan in kept) + sum(beside),
+            peak_memory=max(weights.peak_memory, *(plan.peak_memory for plan in kept)) if kept else weights.peak_memory,
         )
 
     def _copies(self, origin: Origin) -> dict[str, Path]:
@@ -229,8 +234,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """
         single = _whole_file(out, max_shard_size)
         origin = self.origin or Origin(self._copy_record)
+        tensors, companion = self._watched(origin)
         return execute.publish(
-            self.tensors,
+            tensors,
             out,
             record=origin.record,
             shards=None if single else self.shards,
@@ -242,6 +248,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             files={} if single else origin.files,
             copies={} if single else {name: folders.here(path) for name, path in self._copies(origin).items()},
             kept={} if single else origin.kept,
+            carried=origin.carried,
+            companion=companion,
             work=self._work(),
             restart=restart,
             finish=finish,
@@ -278,9 +286,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if work is None:
             raise UsageError("only merges of files can be shared")
         plan = self.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+        tensors, companion = self._watched(self.origin)
         return execute.run_share(
-            plan, self.tensors, out, share, work=work, overwrite=overwrite, sources=self.stored, progress=progress
-        )
+            plan, tensors, out, share, work=work, overwrite=overwrite, sources=self.stored, companion=companion,
+            progress=progress,
+        )  # fmt: skip
+
+    def _watched(self, origin: Origin | None) -> tuple[dict[str, LazyTensor], Companion | None]:
+        if origin is None or origin.watch is None:
+            return self.tensors, None
+        tensors, companion = origin.watch()
+        return {**self.tensors, **tensors}, companion
 
     def digest(self, *, max_shard_size: int | None = None) -> str:
         """Return what an output in the making is known by: the same for the same work, inputs and layout."""

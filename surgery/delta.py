@@ -27,7 +27,7 @@ import torch
 
 from surgery import numerics
 from surgery.errors import NumericError, SurgeryError
-from surgery.tensor import LazyTensor, TensorSpec, any_range
+from surgery.tensor import LazyTensor, TensorSpec, any_range, byte_range
 
 
 class Update(Protocol):
@@ -54,6 +54,43 @@ class Loaded(Protocol):
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add ``coeff · Δ`` to ``values``, the float64 elements from ``start`` on; ``base`` has them untouched."""
         ...
+
+
+class Sight(Protocol):
+    """What a witness is shown of one range of a weight."""
+
+    def block(self, start: int, loaded: Sequence[Loaded], made: Made) -> None:
+        """Be shown the elements from ``start`` on; all buffers are used again for the next block."""
+        ...
+
+    def end(self) -> None:
+        """Be told that the range is done."""
+        ...
+
+
+class Witness(Protocol):
+    """Somebody who looks on while a weight with deltas is made."""
+
+    resident: int
+    """Bytes that looking on takes while a range is made."""
+
+    def begin(self, start: int, stop: int) -> Sight:
+        """Be told that a range is about to be made; called from several threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One block of a weight, before and after."""
+
+    base: torch.Tensor
+    """Old values, float64."""
+    values: torch.Tensor
+    """``W + Σ coeff·Δ`` before rounding, float64."""
+    known: torch.Tensor
+    """The old block in its own dtype."""
+    merged: torch.Tensor
+    """The new one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,12 +143,25 @@ class LoadedLowRank:
     right: torch.Tensor
     scale: float
 
+    @property
+    def terms(self) -> int:
+        """Products summed for one element."""
+        return self.right.shape[0]
+
+    def reach(self) -> float:
+        """Bound ``Σ |products|`` of any element: rows' norms times columns' (Cauchy and Schwarz)."""
+        return abs(self.scale) * _largest_norm(self.left, 1) * _largest_norm(self.right, 0)
+
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add the product of the range's rows."""
         width = self.right.shape[1]
         rows = values.view(-1, width)
         first = start // width
         torch.addmm(rows, self.left[first : first + rows.shape[0]], self.right, alpha=self.scale, out=rows)
+
+
+def _largest_norm(matrix: torch.Tensor, dim: int) -> float:
+    return float(torch.linalg.vector_norm(matrix, dim=dim).max()) if matrix.numel() else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,6 +215,15 @@ class LoadedExperts:
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+
+    @property
+    def terms(self) -> int:
+        """Products summed for one element."""
+        return self.right.shape[1]
+
+    def reach(self) -> float:
+        """Bound ``Σ |products|`` of any element."""
+        return abs(self.scale) * _largest_norm(self.left, 2) * _largest_norm(self.right, 1)
 
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add the product of the range's rows, expert by expert."""
@@ -278,9 +337,20 @@ class Dense:
         """A widened block."""
         return 8 * numerics.BLOCK
 
+    terms = 1
+
     def load(self) -> Dense:
         """Nothing to read ahead: values come range by range."""
         return self
+
+    def reach(self) -> float:
+        """Return the largest ``|coeff · Δ|``."""
+        largest = 0.0
+        for start in range(0, self.values.spec.numel, numerics.BLOCK):
+            count = min(numerics.BLOCK, self.values.spec.numel - start)
+            block = numerics.widen(self.values, start, start + count, numerics.scratch("new", count))
+            largest = max(largest, float(block.abs().max()))
+        return abs(self.coeff) * largest
 
     def add_to(self, values: torch.Tensor, base: torch.Tensor, start: int) -> None:
         """Add ``coeff · Δ``."""
@@ -346,6 +416,12 @@ class LoadedRows:
                 matrix.index_add_(0, local, self.rows[low:high] - old[local], alpha=self.coeff)
 
 
+ADDITIVE = (LowRank, ExpertsLowRank, Dense)
+"""Updates that do not depend on the weight, so that adding them with the coefficient negated takes them out again."""
+ADDITIVE_LOADED = (LoadedLowRank, LoadedExperts, Dense)
+"""The same, in memory."""
+
+
 class Applied:
     """A weight with updates: ``round(W + Σ coeff·Δ)``, rounded once to the output's dtype.
 
@@ -355,6 +431,7 @@ class Applied:
         dtype: the output's dtype; the base's by default.
         allow_nonfinite: let NaN, Inf and overflow through.
         labels: where the base and each update come from, for messages.
+        witness: somebody who looks on.
     """
 
     scratch = 0
@@ -367,14 +444,23 @@ class Applied:
         *,
         allow_nonfinite: bool = False,
         labels: Sequence[str] = (),
+        witness: Witness | None = None,
     ) -> None:
         self._labels = labels
+        self._witness = witness
         self.updates = tuple(updates)
         rows = max((update.unit for update in self.updates), default=1)
         fits = base.unit % rows == 0 or rows % base.unit == 0
         self.base = base if fits else any_range(base)
         self.spec = TensorSpec(base.spec.name, dtype or base.spec.dtype, base.spec.shape)
         self._allow_nonfinite = allow_nonfinite
+
+    def watched(self, witness: Witness) -> Applied:
+        """Return the same weight, made under somebody's eyes."""
+        return Applied(
+            self.base, self.updates, self.spec.dtype, allow_nonfinite=self._allow_nonfinite, labels=self._labels,
+            witness=witness,
+        )  # fmt: skip
 
     @property
     def unit(self) -> int:
@@ -385,7 +471,8 @@ class Applied:
     def resident(self) -> int:
         """What the updates hold, plus the float64 and float32 working blocks."""
         block = max(numerics.BLOCK, min(self.unit, self.spec.numel))
-        return self.base.resident + sum(update.resident for update in self.updates) + 40 * block
+        looking = 0 if self._witness is None else self._witness.resident
+        return self.base.resident + sum(update.resident for update in self.updates) + 40 * block + looking
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Compute the range.
@@ -398,17 +485,26 @@ class Applied:
         try:
             with numerics.deeper():
                 loaded = numerics.thread_memo(self, self._load)
+                sight = None if self._witness is None else self._witness.begin(start, stop)
                 for low in range(start, stop, step):
                     high = min(low + step, stop)
-                    self._compute(loaded, low, high, out[(low - start) * size : (high - start) * size])
+                    made = self._compute(loaded, low, high, out[(low - start) * size : (high - start) * size])
+                    if sight is not None:
+                        sight.block(low, loaded, made)
+                if sight is not None:
+                    sight.end()
         except SurgeryError as error:
             raise error.at(tensor=self.spec.name) from None
 
     def _load(self) -> list[Loaded]:
         return [update.load() for update in self.updates]
 
-    def _compute(self, loaded: Sequence[Loaded], start: int, stop: int, out: memoryview) -> None:
-        base = numerics.widen(self.base, start, stop, numerics.scratch("base", stop - start))
+    def _compute(self, loaded: Sequence[Loaded], start: int, stop: int, out: memoryview) -> Made:
+        low, high = byte_range(self.base.spec, start, stop)
+        data = numerics.byte_buffer("base bytes", high - low)
+        self.base.read_into(start, stop, data)
+        known = numerics.view(self.base.spec, data, stop - start)
+        base = numerics.scratch("base", stop - start).copy_(known)
         values = numerics.scratch("values", stop - start).copy_(base)
         for update in loaded:
             update.add_to(values, base, start)
@@ -416,6 +512,7 @@ class Applied:
             numerics.narrow(values, self.spec, out, allow_nonfinite=self._allow_nonfinite)
         except NumericError as error:
             raise error.at(file=self._culprit(loaded, base, start)) from None
+        return Made(base, values, known, numerics.view(self.spec, out, stop - start))
 
     def _culprit(self, loaded: Sequence[Loaded], base: torch.Tensor, start: int) -> str | None:
         """Name the input that brought NaN or Inf; the base where a sum overflows."""

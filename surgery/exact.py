@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -18,7 +19,8 @@ import xxhash
 from surgery.errors import FormatError, MismatchError, SurgeryError, UsageError, VerificationError
 from surgery.formats import delta_codec, delta_manifest
 from surgery.formats.delta_codec import Block
-from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest
+from surgery.formats.delta_manifest import DATA, MANIFEST, Coded, Known, Manifest, Prediction
+from surgery.formats.delta_prediction import Factors, matrix_of
 from surgery.provenance import BlockDigests
 from surgery.sources import folders, local
 from surgery.sources.references import is_hub_reference
@@ -31,7 +33,7 @@ COPY_BYTES = 1 << 20
 """Coded bytes that are copied at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """An exact delta, in a file or just made: its manifest, and the bytes of its coded blocks."""
 
@@ -160,19 +162,83 @@ def read_block(data: LazyTensor, offset: int, block: Coded) -> bytes:
     return coded
 
 
+class Refitted(Wrapper):
+    """A tensor with rows cut off, or with rows of zero bits added: what a resized tensor is coded against.
+
+    Args:
+        source: the tensor, readable at any element.
+        spec: what it is to be; of the same dtype.
+    """
+
+    def __init__(self, source: LazyTensor, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.source = source
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read what there is of the range, and zeros after it."""
+        there = max(min(stop, self.source.spec.numel), start)
+        low, high = byte_range(self.spec, start, there)
+        if high > low:
+            self.source.read_into(start, there, out[: high - low])
+        out[high - low :] = bytes(len(out) - (high - low))
+
+
+class Predicted(Wrapper):
+    """A base's matrix, brought nearer to the fine-tune's by factors.
+
+    Args:
+        source: the matrix, readable at any element.
+        prediction: the factors' description.
+        data: the delta's bytes.
+        offset: where in them the factors begin.
+    """
+
+    def __init__(self, source: LazyTensor, prediction: Prediction, data: LazyTensor, offset: int) -> None:
+        self.spec = source.spec
+        self.source = source
+        self._prediction = prediction
+        self._data = data
+        self._offset = offset
+        self._lock = threading.Lock()
+        self._factors: Factors | None = None
+
+    @property
+    def scratch(self) -> int:
+        """The source's scratch, and a few float64 copies."""
+        return self.source.scratch + 6 * 64 // BITS[self.spec.dtype]
+
+    @property
+    def resident(self) -> int:
+        """The source's, and the factors as they are and widened."""
+        rows, columns = matrix_of(self.spec.shape)
+        return self.source.resident + 12 * self._prediction.rank * (rows + columns)
+
+    def read_into(self, start: int, stop: int, out: memoryview) -> None:
+        """Read the range, and add the factors' product."""
+        self.source.read_into(start, stop, out)
+        known = Block(self.spec.dtype, bytes(out))
+        out[:] = self._load().predict(known, start).bits.view("u1").data
+
+    def _load(self) -> Factors:
+        with self._lock:
+            if self._factors is None:
+                found = self._prediction
+                packed = read_block(self._data, self._offset, found.packed)
+                self._factors = Factors.unpack(packed, self.spec.shape, found.rank, found.scale)
+            return self._factors
+
+
 class Restored:
     """A tensor of one side of a delta, made from its twin on the other and the coded blocks between them.
 
     Args:
         spec: of the tensor.
-        known: the twin; ``None`` where it is stored whole.
+        known: the twin, as many elements as the coded blocks have; ``None`` where it is stored whole.
         blocks: its coded blocks.
         data: the delta's bytes.
         offset: where in them the blocks begin.
         reverse: whether the base is restored from the fine-tune.
     """
-
-    resident = 0
 
     def __init__(
         self,
@@ -199,7 +265,12 @@ class Restored:
     @property
     def scratch(self) -> int:
         """The twin's block, coded and decoded bytes, numbers in two orders, and eight bytes an element for the order."""
-        return 8 + 16 * 8 // BITS[self.spec.dtype]
+        return 8 + 16 * 8 // BITS[self.spec.dtype] + (0 if self._known is None else self._known.scratch)
+
+    @property
+    def resident(self) -> int:
+        """The twin's resident bytes."""
+        return 0 if self._known is None else self._known.resident
 
     def read_into(self, start: int, stop: int, out: memoryview) -> None:
         """Decode the range's blocks."""
@@ -209,7 +280,7 @@ class Restored:
             begin, end = (place - first for place in byte_range(self.spec, low, high))
             out[begin:end] = self._decode(low, high)
 
-    def _decode(self, low: int, high: int) -> bytes:
+    def _decode(self, low: int, high: int) -> memoryview:
         number = low // self.unit
         block = self._blocks[number]
         coded = read_block(self._data, self._offsets[number], block)
@@ -217,8 +288,10 @@ class Restored:
             begin, end = byte_range(self.spec, low, high)
             return delta_codec.decode_raw(coded, self.spec.dtype, end - begin)
         assert self._known is not None  # the manifest was checked: only raw blocks do without
-        known = Block(self.spec.dtype, read_bytes(self._known, low, high))
-        return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)
+        end = min(low + self.unit, self._known.spec.numel)  # beyond ``high`` where rows were added on the way there
+        known = Block(self.spec.dtype, read_bytes(self._known, low, end))
+        first, last = byte_range(self.spec, low, high)
+        return delta_codec.decode(block.coding, coded, known, reverse=self._reverse)[: last - first]
 
 
 class Proved(Wrapper):
@@ -261,15 +334,16 @@ def wrong_twin(name: str, label: str, *, reverse: bool) -> MismatchError:
 
 
 def restored(
-    delta: Delta, known: Mapping[str, LazyTensor], label: str, *, reverse: bool = False
+    delta: Delta, known: Mapping[str, LazyTensor], label: str, *, reverse: bool = False, leave: Container[str] = ()
 ) -> dict[str, LazyTensor]:
     """Make all tensors of one side from those of the other.
 
     Args:
         delta: the delta.
-        known: the base's tensors, by name; with ``reverse`` the fine-tune's.
+        known: the base's tensors, by name; with ``reverse`` the fine-tune's. Those that nothing is made from may lack.
         label: what they are called together, for messages.
         reverse: restore the base.
+        leave: the names of tensors that are not wanted.
     """
     manifest = delta.manifest
     found: dict[str, LazyTensor] = {}
@@ -281,15 +355,21 @@ def restored(
         if spec.numel and not blocks and twin is not None:
             source = twin
         elif spec.numel:
+            if twin is not None and not reverse and twin.spec.shape != spec.shape:
+                twin = Refitted(twin, spec)
+            prediction = None if reverse else manifest.changes[spec.name].prediction
+            if prediction is not None and twin is not None:
+                twin = Predicted(twin, prediction, delta.data, offset + sum(block.size for block in blocks))
             source = Restored(spec, twin, blocks, delta.data, offset, reverse=reverse)
         found[spec.name] = Proved(source, wanted, label, reverse=reverse)
 
-    if not reverse:
-        for name, change in manifest.changes.items():
-            add(change.tuned, None if change.base is None else known[change.base], change.blocks, places[name])
-        return found
     twins = {change.base: name for name, change in manifest.changes.items() if change.base is not None}
-    for name, was in manifest.base.tensors.items():
+    for name, change in () if reverse else manifest.changes.items():
+        if name not in leave:
+            add(change.tuned, None if change.base is None else known[change.base], change.blocks, places[name])
+    for name, was in manifest.base.tensors.items() if reverse else ():
+        if name in leave:
+            continue
         if name in manifest.back:
             add(was, None, manifest.back[name], back[name])
         else:

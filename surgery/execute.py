@@ -18,15 +18,12 @@ from typing import Any, Protocol
 
 from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
+from surgery.kept import UNDO_FILE, Companion, check_carried, digests_beside, tensors_last
 from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
-from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, BlockDigests, encode
+from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, encode, sealed
 from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
 from surgery.writer import OutputFile, Publication, Share, is_one_file
-
-KEPT = "originals"
-KEPT_FILE = ".surgery/originals"
-"""Where a merge keeps what it replaced: not ``*.safetensors``, so that no loader takes it for weights."""
 
 
 class Progress(Protocol):
@@ -73,6 +70,7 @@ def run(
     *,
     names: Mapping[str, str] | None = None,
     only: Collection[int] | None = None,
+    companion: Companion | None = None,
 ) -> dict[str, str]:
     """Write every tensor of a plan into a publication's staging folder, but those whose files are finished already.
 
@@ -83,6 +81,7 @@ def run(
         progress: somebody who watches.
         names: other names for the plan's files, which are then small, and not entered in the journal.
         only: the numbers of the files to make; all by default.
+        companion: somebody who notes what goes by; told what an earlier run noted of the files that it finished.
 
     Returns:
         The fingerprint of every tensor in the files that are finished now, by name.
@@ -98,6 +97,8 @@ def run(
             name = publication.out.name if publication.single else (names or {}).get(layout.name, layout.name)
             if name in publication.finished:
                 found |= publication.finished[name]
+                if companion is not None:
+                    companion.unpack(publication.notes(name))
             elif only is None or number in only:
                 output = stack.enter_context(publication.create(name, layout.size))
                 output.write_at(0, memoryview(layout.prefix))
@@ -107,10 +108,9 @@ def run(
         jobs = [job for job in plan.jobs if job.file in files]
         expect(tensors[name] for file in files.values() for name in file.layout.offsets)
         watcher.start(sum(job.nbytes for job in jobs))
+        shards = _Shards(jobs, files, publication, watcher, companion, enter=not names)
         try:
-            _run_jobs(
-                plan.workers, jobs, tensors, files, _Shards(jobs, files, publication, watcher, enter=not names), watcher
-            )
+            _run_jobs(plan.workers, jobs, tensors, files, shards, watcher)
         finally:
             watcher.finish()
     for file in files.values():
@@ -191,10 +191,12 @@ class _Shards:
         files: Mapping[int, _File],
         publication: Publication,
         progress: Progress,
+        companion: Companion | None,
         *,
         enter: bool,
     ) -> None:
         self._enter = enter
+        self._companion = companion
         self._files = files
         self._publication = publication
         self._progress = progress
@@ -210,7 +212,9 @@ class _Shards:
                 return
         file = self._files[job.file]
         if self._enter:
-            self._publication.finish(file.name, file.output, file.fingerprints())
+            prints = file.fingerprints()
+            notes = None if self._companion is None else self._companion.pack(prints.keys())
+            self._publication.finish(file.name, file.output, prints, notes)
         with self._lock:
             self._done += 1
             done = self._done
@@ -273,7 +277,9 @@ def publish(
     sources: Sequence[Sources] = (),
     files: Mapping[str, bytes] | None = None,
     copies: Mapping[str, Path] | None = None,
-    kept: Mapping[str, LazyTensor] | None = None,
+    kept: Mapping[str, Mapping[str, LazyTensor]] | None = None,
+    carried: Mapping[str, Mapping[str, str]] | None = None,
+    companion: Companion | None = None,
     check: Callable[[Path, Mapping[str, str]], None] | None = None,
     work: str | None = None,
     restart: bool = False,
@@ -296,7 +302,9 @@ def publish(
         sources: files being read: checked for change before anything is published, and never written to.
         files: small files to write.
         copies: side files to copy.
-        kept: tensors that a later unmerge needs, for ``.surgery/originals``.
+        kept: tensors that a later unmerge needs: for each of our containers its content.
+        carried: the fingerprints that tensors in ``kept`` are recorded to have, where they come from an earlier output.
+        companion: somebody who notes what goes by; what it composes goes into the undo container and the record.
         check: told where the finished output lies and its tensors' fingerprints, just before it is published.
         work: what decides the tensors' values, and the identity of the inputs: a run that was broken off with the same
             work and layout is continued. ``None``: every run begins anew.
@@ -313,19 +321,19 @@ def publish(
     """
     single = is_one_file(out)
     # A single file carries its record in its header, whose length must be known first: fingerprints have one length.
-    draft = record(dict.fromkeys(tensors, PLACEHOLDER)) if single else None
+    draft = {**record(dict.fromkeys(tensors, PLACEHOLDER)), SEAL: PLACEHOLDER} if single else None
     metadata = {METADATA_KEY: encode(draft).decode()} if draft else None
     plan = lay_out(
         tensors, shards=shards, stem=stem, max_shard_size=max_shard_size, metadata=metadata,
         workers=workers, max_memory=max_memory,
     )  # fmt: skip
-    extra = lay_out(kept, stem=KEPT, workers=workers) if kept else None
+    extra = sum(lay_out(each).bytes_written for each in (kept or {}).values() if each)
     digest = None if work is None else plan.digest(work)
     inputs = [source.path for source in sources]
     with into or Publication(out, overwrite=overwrite, inputs=inputs, digest=digest, restart=restart) as publication:
         if finish:
             _refuse_unfinished(plan, publication)
-        sizes = sum(len(data) for data in (files or {}).values()) + (extra.bytes_written if extra else 0)
+        sizes = sum(len(data) for data in (files or {}).values()) + extra
         ready = sum(file.size for file in plan.files if file.name in publication.finished)
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
@@ -333,20 +341,26 @@ def publish(
         turns = [[number] for number in range(len(plan.files))] if publication.one_at_a_time else [None]
         fingerprints: dict[str, str] = {}
         for only in turns:
-            fingerprints |= run(plan, tensors, publication, progress, only=only)
-        if extra and kept:
-            run(extra, kept, publication, names={extra.files[0].name: KEPT_FILE})
+            fingerprints |= run(plan, tensors, publication, progress, only=only, companion=companion)
+        containers = {name: dict(content) for name, content in (kept or {}).items()}
+        if companion is not None and not single:
+            containers.setdefault(UNDO_FILE, {}).update(companion.records(fingerprints))
+        prints = _write_containers(containers, publication, workers, carried or {})
         for name, path in (copies or {}).items():
             publication.copy(name, path)
         for name, data in (files or {}).items():
             publication.write(name, data)
-        document = record(fingerprints)
+        document = tensors_last({**record(fingerprints), **(companion.report() if companion else {})})
         if single:
-            _rewrite_header(plan, publication, document)
+            _rewrite_header(
+                plan, publication, sealed({key: value for key, value in document.items() if key in (draft or {})})
+            )
         else:
             if plan.index:
                 members = {file.name: [plan.specs[name] for name in file.offsets] for file in plan.files}
                 publication.write(plan.index, build_index(members))
+            document |= {**({"kept": prints} if prints else {}), "files": digests_beside(plan, publication.staging)}
+            document = sealed(tensors_last(document))
             publication.write(RECORD, encode(document))
         for source in sources:
             source.check_unchanged()
@@ -354,6 +368,28 @@ def publish(
             check(publication.staging, fingerprints)
         publication.commit()
     return document
+
+
+def _write_containers(
+    containers: Mapping[str, Mapping[str, LazyTensor]],
+    publication: Publication,
+    workers: int,
+    carried: Mapping[str, Mapping[str, str]],
+) -> dict[str, dict[str, str]]:
+    """Write our own containers beside the weights, and return the fingerprints of what is in them.
+
+    Raises:
+        VerificationError: something carried over from an earlier output is not what was recorded.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for container, content in containers.items():
+        if not content:
+            continue
+        plan = lay_out(content, max_shard_size=1 << 62, workers=workers)
+        prints = run(plan, content, publication, names={plan.files[0].name: container})
+        check_carried(container, prints, carried.get(container, {}))
+        found[container] = dict(sorted(prints.items()))
+    return found
 
 
 def _refuse_unfinished(plan: Plan, publication: Publication) -> None:
@@ -376,6 +412,7 @@ def run_share(
     work: str,
     overwrite: bool = False,
     sources: Sequence[Sources] = (),
+    companion: Companion | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Make some of an output's files, beside other processes or machines that make the rest.
@@ -388,6 +425,7 @@ def run_share(
         work: see :func:`publish`, which publishes the output in the end.
         overwrite: whether an existing output will be replaced.
         sources: files being read.
+        companion: somebody who notes what goes by.
         progress: somebody who watches.
 
     Returns:
@@ -402,7 +440,7 @@ def run_share(
         todo = [number for number in own if plan.files[number].name not in staging.finished]
         staging.check_space(sum(plan.files[number].size for number in todo))
         if todo:
-            run(plan, tensors, staging, progress, only=todo)
+            run(plan, tensors, staging, progress, only=todo, companion=companion)
         for source in sources:
             source.check_unchanged()
     return [plan.files[number].name for number in own]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Journal:
         """
         self.folder.mkdir(exist_ok=True)
         if not (self.folder / _DIGEST).exists():
-            self._enter(_DIGEST, self.digest.encode())
+            self._enter(_DIGEST, [self.digest.encode()])
         if not self.belongs():
             raise OutputError("holds finished files of another plan", file=self.staging, mend="--restart discards them")
 
@@ -75,9 +75,17 @@ class Journal:
                     found[name] = entry["tensors"]
         return found
 
-    def finish(self, name: str, size: int, fingerprints: Mapping[str, str]) -> None:
-        """Enter a file whose bytes are synced."""
-        self._enter(f"{name}.json", json.dumps({"size": size, "tensors": fingerprints}).encode())
+    def finish(
+        self, name: str, size: int, fingerprints: Mapping[str, str], notes: Iterable[bytes] | None = None
+    ) -> None:
+        """Enter a file whose bytes are synced, and before it what was noted while it was made."""
+        if notes is not None:
+            self._enter(f"{name}.notes", notes)
+        self._enter(f"{name}.json", [json.dumps({"size": size, "tensors": fingerprints}).encode()])
+
+    def notes(self, name: str) -> bytes:
+        """Return what was noted while a finished file was made."""
+        return (self.folder / f"{name}.notes").read_bytes()
 
     def drop_unfinished(self) -> None:
         """Remove what a dead run left half-written beside the finished files."""
@@ -113,10 +121,10 @@ class Journal:
         """Remove the journal: what it stands beside is about to be published."""
         _remove(self.folder)
 
-    def _enter(self, name: str, data: bytes) -> None:
+    def _enter(self, name: str, pieces: Iterable[bytes]) -> None:
         draft = self.folder / f"{name}.{os.getpid()}.draft"
         with open(draft, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, self.folder / name)

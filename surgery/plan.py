@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -137,6 +137,11 @@ def lay_out(
     workers, peak = _fit(tensors, max(1, min(workers, len(jobs))), max_memory)
     index = f"{_stem_of(files[0].name, stem)}.safetensors.index.json" if len(files) > 1 else None
     return Plan(tuple(files), jobs, specs, index, workers, peak, bytes_read, total, dict(counts or {}))
+
+
+def container_prefix(specs: Iterable[TensorSpec]) -> bytes:
+    """Return the header of a file of our own that holds these tensors, as :func:`lay_out` has it."""
+    return safetensors.build_header(sorted(specs, key=_order), {"format": "pt"})[0]
 
 
 def _order(spec: TensorSpec) -> tuple[int, str]:

@@ -10,6 +10,7 @@ Records hold no time, no absolute path and not the output's own name, so that th
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import xxhash
 
 from surgery import __version__
-from surgery.errors import FormatError
+from surgery.errors import FormatError, VerificationError
 from surgery.tensor import BITS, LazyTensor, TensorSpec, Wrapper, byte_range, read_bytes
 
 BLOCK_BYTES = 1 << 20
@@ -25,6 +26,8 @@ SCHEMA = "surgery.provenance/1"
 RECORD = "surgery.json"
 METADATA_KEY = "surgery"
 ALGORITHM = "xxh3-128"
+SEAL = "digest"
+"""The record's own."""
 PLACEHOLDER = f"{ALGORITHM}:{'0' * 32}"
 """As long as any fingerprint."""
 
@@ -225,6 +228,53 @@ def check_schema(document: Mapping[str, Any]) -> None:
     base = document.get("base", {})
     if not isinstance(base, dict) or not all(map(_is_fingerprint, base.values())):
         raise FormatError("the record's base is not a mapping of names to fingerprints")
+    entries = document.get("adapters", [])
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise FormatError("an entry of the record's adapters is malformed")
+    for key in ("kept", "files"):
+        groups = document.get(key, {})
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise FormatError(f"the record's {key!r} is malformed")
+    if not all(name and not name.startswith("/") and ".." not in name.split("/") for name in document.get("files", {})):
+        raise FormatError("the record's 'files' names something outside the folder")
+    if not all(_is_fingerprint(value) for group in document.get("kept", {}).values() for value in group.values()):
+        raise FormatError("the record's 'kept' is not made of fingerprints")
+
+
+def _is_entry(entry: Any) -> bool:
+    wanted = {"name": str, "fingerprint": str, "coeff": float, "step": int, "touched": list, "replaced": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+        return False
+    return math.isfinite(entry["coeff"]) and all(isinstance(n, str) for n in (*entry["touched"], *entry["replaced"]))
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """Digest the bytes of a small file."""
+    return f"{ALGORITHM}:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a record its own digest, with which a changed bit of it is found.
+
+    >>> document = sealed(record("save", parameters={}, inputs=[], tensors={}))
+    >>> check_seal(document, encode(document))
+    """
+    open_ = {**document, SEAL: PLACEHOLDER}
+    return {**open_, SEAL: digest_of(encode(open_))}
+
+
+def check_seal(document: Mapping[str, Any], data: bytes) -> None:
+    """Hold a record against its own digest; one of a version that wrote none passes.
+
+    Args:
+        document: the record.
+        data: its bytes as they stand in the file.
+
+    Raises:
+        VerificationError: it was changed.
+    """
+    if SEAL in document and (encode(document) != data or sealed(document)[SEAL] != document[SEAL]):
+        raise VerificationError("the record was changed since it was written", mend="make it again, or fetch it again")
 
 
 def _is_fingerprint(value: object) -> bool:

@@ -245,13 +245,23 @@ class Publication:
             raise self._failure(error) from None
         return OutputFile(path, size, self._shown)
 
-    def finish(self, name: str, file: OutputFile, fingerprints: Mapping[str, str]) -> None:
-        """Enter a file into the journal, if there is one, once all of it is written."""
+    def finish(
+        self, name: str, file: OutputFile, fingerprints: Mapping[str, str], notes: Iterable[bytes] | None = None
+    ) -> None:
+        """Enter a file into the journal, if there is one, once all of it is written, with what was noted on the way."""
         if self._journal is None:
             return
         try:
             file.sync()
-            self._journal.finish(name, file.size, fingerprints)
+            self._journal.finish(name, file.size, fingerprints, notes)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def notes(self, name: str) -> bytes:
+        """Return what an earlier run noted while it made a file that is finished."""
+        assert self._journal is not None  # nothing is finished without one
+        try:
+            return self._journal.notes(name)
         except OSError as error:
             raise self._failure(error) from None
 

@@ -66,8 +66,9 @@ def test_every_command_has_help_with_an_example_and_one_short_line(command, run)
 
 def test_every_command_of_the_api_has_the_same_name():
     # surgery.algorithms, surgery.methods and surgery.plan are rooms: their registries are what the commands print, and
-    # what plan and run do are methods of the checkpoint that merge_recipe returns.
-    others = {"algorithms", "methods", "plan", "run"}
+    # what plan and run do are methods of the checkpoint that merge_recipe returns. So is surgery.delta a room; its commands
+    # are squash_deltas and switch_delta.
+    others = {"algorithms", "delta", "methods", "plan", "run"}
     assert {command.replace("-", "_") for command in COMMANDS} - others <= set(surgery.__all__)
 
 
@@ -112,7 +113,8 @@ def test_a_plan_counts_every_byte_that_is_read_and_written(models, run):
     plan = json.loads(run("merge", "base", "adapter", "-o", "merged", "--dry-run", "--json")[1])
     run("merge", "base", "adapter", "-o", "merged", "-q")
     written = sum(path.stat().st_size for path in (models / "merged").rglob("*") if path.is_file())
-    assert plan["bytes_written"] == written - (models / "merged" / "surgery.json").stat().st_size
+    later = sum((models / "merged" / name).stat().st_size for name in ("surgery.json", ".surgery/undo"))
+    assert plan["bytes_written"] == written - later  # how long an undo record is shows when all is merged
     stored = {name: sum(value.nbytes for value in load_file(f"{name}.safetensors").values())
               for name in ("base/model", "adapter/adapter_model")}  # fmt: skip
     assert plan["bytes_read"] == sum(stored.values())

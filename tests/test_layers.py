@@ -19,16 +19,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "methods"),
     ("passes", "merged"),
     ("sources",),
-    ("provenance", "journal", "plan", "writer", "execute"),
-    ("checkpoint", "history", "adapter", "exact"),
+    ("provenance", "journal", "plan", "kept", "writer", "execute"),
+    ("checkpoint", "history", "adapter", "lossy", "exact", "rounding", "undo"),
     ("operations",),
     ("cli",),
 )
-TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "passes", "merged"}
+TORCH_ROOMS = {"numerics", "delta", "scaling", "algorithms", "passes", "merged", "rounding", "undo"}
 """Rooms that import torch at their top; in operations those that compute do too."""
 HEADER_ONLY_OPERATIONS = {
     "info", "convert", "diff", "verify", "verify_serving", "algorithms", "add", "methods", "remove", "remove_keep", "extract_delta", "merge_delta",
-    "delta_report", "delta_outline", "merge_rules",
+    "delta_report", "delta_outline", "delta_sample", "delta_coding", "delta_compare", "delta_squash", "delta_switch",
+    "merge_rules",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base", "misc", "types"}
 

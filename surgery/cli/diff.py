@@ -6,6 +6,8 @@ import click
 
 from surgery.cli import options, terminal
 from surgery.errors import printable
+from surgery.exact import is_delta
+from surgery.operations.delta_compare import Pair, compare_deltas
 from surgery.operations.diff import plan_diff
 from surgery.report import percent
 from surgery.tensor import human_bytes
@@ -22,6 +24,7 @@ from surgery.tensor import human_bytes
 )
 @click.option("--target", multiple=True, metavar="PATTERN", help="Compare only what matches; repeatable.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if anything differs, as git does.")
+@click.option("--base", type=click.Path(), help="Of two exact deltas: compare the values that they restore from it.")
 @options.rename
 @options.jobs
 @options.dry_run
@@ -31,7 +34,7 @@ from surgery.tensor import human_bytes
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str, by: str, headers: bool, no_spectrum: bool, target: tuple[str, ...], exit_code: bool,
-    rename: tuple[str, ...], jobs: int | None, dry_run: bool, as_json: bool, quiet: bool, progress: str,
+    base: str | None, rename: tuple[str, ...], jobs: int | None, dry_run: bool, as_json: bool, quiet: bool, progress: str,
 ) -> None:  # fmt: skip
     """Compare checkpoint B with checkpoint A, tensor by tensor.
 
@@ -42,8 +45,18 @@ def command(
       surgery diff base ft
       surgery diff base ft --by tensor --target '*.layer.3.*'
       surgery diff base merged --exit-code -q
+      surgery diff one.delta two.delta            which tensors each of two exact deltas changes
+      surgery diff one.delta two.delta --base base
     """
-    comparison = plan_diff(a, b, rename=rename, target=target, spectrum=not no_spectrum, jobs=jobs)
+    both = is_delta(a) and is_delta(b)
+    if both and base is None:
+        _compare_deltas(ctx, a, b, by_tensor=by == "tensor", as_json=as_json, quiet=quiet, exit_code=exit_code)
+        return
+    if base is not None and not both:
+        raise click.UsageError("--base is that of two exact deltas")
+    restored = Pair(base, a, b) if both and base is not None else None
+    sides = restored.sides() if restored else (a, b)
+    comparison = plan_diff(*sides, rename=rename, target=target, spectrum=not no_spectrum, jobs=jobs)
     if dry_run:
         facts = [
             ("would compare", f"{len(comparison.pairs):,} tensors"), ("read", human_bytes(comparison.bytes_read)),
@@ -56,6 +69,8 @@ def command(
     report = (
         comparison.headers_only() if headers else comparison.run(terminal.watcher(progress, quiet=quiet, what="diff"))
     )
+    if restored and not headers:
+        restored.prove()
     if as_json:
         terminal.document(report.document())
     elif quiet:
@@ -76,4 +91,20 @@ def command(
                 terminal.say(f"note: {status}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
         terminal.notes(report.notes)
     if exit_code and not report.identical:
+        ctx.exit(1)
+
+
+def _compare_deltas(
+    ctx: click.Context, a: str, b: str, *, by_tensor: bool, as_json: bool, quiet: bool, exit_code: bool
+) -> None:
+    found = compare_deltas(a, b)
+    if as_json:
+        terminal.document(found.document())
+    elif quiet:
+        click.echo(found.verdict())
+    else:
+        click.echo(f"{printable(a)} → {printable(b)}: {found.verdict()}")
+        click.echo()
+        terminal.table(found.table(by_tensor=by_tensor))
+    if exit_code and not found.identical:
         ctx.exit(1)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from surgery.cli import options, terminal
 from surgery.errors import printable
-from surgery.exact import Delta
+from surgery.exact import SUFFIX, Delta
+from surgery.execute import Progress
 from surgery.operations.delta_report import describe
 from surgery.report import Table
+from surgery.sources.local import stem_of
 from surgery.tensor import human_bytes
 
 
@@ -27,6 +30,12 @@ from surgery.tensor import human_bytes
     help="The delta's file, ./<ft>.delta by default; of several FT, the folder for theirs.",
 )
 @click.option("--reversible", is_flag=True, help="Store what restoring the base from the fine-tune needs, too.")
+@click.option(
+    "--lossy",
+    type=click.Choice(["int8", "int4"]),
+    help="Not exact: low-rank factors in integers, with their error, measured.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="With --lossy: components of each matrix; 64 by default.")
 @options.rename
 @options.jobs
 @options.overwrite
@@ -35,46 +44,52 @@ from surgery.tensor import human_bytes
 @options.no_cache
 @options.common
 def command(
-    base: str, tuned: tuple[str, ...], out: str | None, reversible: bool, rename: tuple[str, ...], jobs: int | None,
-    overwrite: bool, dry_run: bool, progress: str, as_json: bool, quiet: bool,
+    base: str, tuned: tuple[str, ...], out: str | None, lossy: str | None, rank: int | None, overwrite: bool, dry_run: bool,
+    progress: str, as_json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Keep FT, a fine-tune of BASE, as what differs from it: BASE and the delta give FT back bit for bit.
 
-    Tensors of every dtype are coded, those that were added, resized or recast are stored whole. Each block becomes the
-    shortest of: nothing, the differences at the positions that changed, all differences sorted by the base's exponents,
-    the bits themselves. Of several FT the base is read once.
+    Tensors of every dtype are coded, those that were added or recast are stored whole. Each block becomes the shortest
+    of: nothing, the differences at the positions that changed, all differences sorted by the base's exponents, the bits
+    themselves. Of several FT the base is read once, and one that fails does not stop the rest.
 
     \b
       surgery extract-delta base ft -o task.delta
       surgery merge base task.delta -o ft-again
       surgery extract-delta base ft --reversible       then merge --reverse gives the base back from ft
       surgery extract-delta base ft1 ft2 ft3 -o store
+      surgery info store/*.delta
+      surgery extract-delta base ft --lossy int4       ft.lossy.safetensors, which merge takes as an adapter
     """
-    from surgery.checkpoint import open_checkpoint
-    from surgery.exact import SUFFIX, delta_output
-    from surgery.operations.extract_delta import default_stem, extract_delta, extract_deltas
-
     if dry_run:
-        _outline(base, tuned, reversible, rename, as_json=as_json)
+        if lossy:
+            raise click.UsageError("--lossy has no --dry-run: surgery extract-lora has one")
+        _outline(base, tuned, options["reversible"], options["rename"], as_json=as_json)
         return
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
-    began = time.monotonic()
+    if lossy is None and rank is not None:
+        raise click.UsageError("--rank belongs to --lossy: an exact delta has none")
+    if lossy is not None:
+        if len(tuned) > 1 or options.pop("reversible"):
+            raise click.UsageError("--lossy is for one FT, and never reversible")
+        found = {"bits": lossy, "rank": rank or 64, "progress": watcher, **options}
+        _extract_lossy(base, tuned[0], out, overwrite, as_json, quiet, found)
+        return
     if len(tuned) > 1:
         if out is None:
             raise click.UsageError("several fine-tunes need a folder for their deltas: -o DIR")
-        found = extract_deltas(
-            base, tuned, out, overwrite=overwrite, reversible=reversible, rename=rename, jobs=jobs, progress=watcher
-        )
-    else:
-        out = out or f"./{default_stem(tuned[0])}{SUFFIX}"
-        pair = open_checkpoint(base), open_checkpoint(tuned[0])
-        delta_output(
-            out, overwrite=overwrite, inputs=[stored.path for checkpoint in pair for stored in checkpoint.stored]
-        )
-        delta = extract_delta(*pair, reversible=reversible, rename=rename, jobs=jobs, progress=watcher)
-        delta.save(out, overwrite=overwrite)
-        found = [(out, delta)]
-    _show(found, time.monotonic() - began, as_json=as_json, quiet=quiet)
+        _extract_many(base, tuned, out, overwrite, as_json, quiet, watcher, options)
+        return
+    from surgery.checkpoint import open_checkpoint
+    from surgery.operations.extract_delta import check_output, extract_delta
+
+    out = out or f"./{stem_of(tuned[0])}{SUFFIX}"
+    pair = open_checkpoint(base), open_checkpoint(tuned[0])
+    check_output(out, pair, overwrite=overwrite)
+    began = time.monotonic()
+    delta = extract_delta(*pair, progress=watcher, **options)
+    delta.save(out, overwrite=overwrite)
+    show(delta, out, time.monotonic() - began, "extract-delta", as_json=as_json, quiet=quiet)
 
 
 def _outline(base: str, tuned: Sequence[str], reversible: bool, rename: Sequence[str], *, as_json: bool) -> None:
@@ -95,20 +110,71 @@ def _outline(base: str, tuned: Sequence[str], reversible: bool, rename: Sequence
     terminal.table(Table("What would be done", columns, rows))
 
 
-def _show(found: Sequence[tuple[str, Delta]], seconds: float, *, as_json: bool, quiet: bool) -> None:
+def show(delta: Delta, out: str, seconds: float, verb: str, *, as_json: bool, quiet: bool) -> None:
+    """Say what a delta that was just written holds."""
+    info = describe(delta)
     if as_json:
-        deltas = [{"out": out, **describe(delta).document()} for out, delta in found]
-        terminal.document({"schema": "surgery.extract-delta/1", "deltas": deltas, "seconds": round(seconds, 3)})
-        return
-    for out, delta in found:
-        info = describe(delta)
-        if quiet:
-            click.echo(printable(out))
-            continue
-        if len(found) == 1:
-            terminal.table(info.by_role())
-            click.echo()
-        click.echo(f"wrote {printable(out)} ({human_bytes(delta.nbytes)}, {info.bits:.3g} bits a weight)")
+        document = {**info.document(), "schema": f"surgery.{verb}/1", "out": out, "seconds": round(seconds, 3)}
+        terminal.document(document)
+    elif quiet:
+        click.echo(printable(out))
+    else:
+        terminal.table(info.by_role())
+        click.echo()
+        size = f"{human_bytes(delta.nbytes)}, {info.bits:.3g} bits a weight"
+        click.echo(f"wrote {printable(out)} ({size}) in {seconds:.1f} s")
         terminal.notes(info.notes)
-    if not quiet:
-        click.echo(f"{len(found)} delta{'s' if len(found) > 1 else ''} in {seconds:.1f} s")
+
+
+def _extract_many(
+    base: str, tuned: tuple[str, ...], out: str, overwrite: bool, as_json: bool, quiet: bool, watcher: Progress,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    from surgery.operations.extract_delta import Outcome, extract_deltas
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.error is not None:
+            terminal.say(f"surgery: error: {outcome.error}")
+        elif outcome.delta is not None and quiet:
+            click.echo(printable(outcome.out))
+        elif outcome.delta is not None and not as_json:
+            info = describe(outcome.delta)
+            click.echo(f"{printable(outcome.out)}  {human_bytes(info.nbytes)}  {info.bits:.3g} bits a weight")
+
+    outcomes = extract_deltas(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options)
+    failed = [(outcome, outcome.error) for outcome in outcomes if outcome.error]
+    if as_json:
+        found = [{"out": each.out, **describe(each.delta).document()} for each in outcomes if each.delta]
+        errors = [
+            {"fine-tune": each.tuned, "error": str(error), "exit_code": error.exit_code} for each, error in failed
+        ]
+        terminal.document({"schema": "surgery.extract-delta-many/1", "deltas": found, "failed": errors})
+    elif not quiet:
+        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} deltas written")
+    if failed:
+        raise click.exceptions.Exit(failed[0][1].exit_code)
+
+
+def _extract_lossy(
+    base: str, tuned: str, out: str | None, overwrite: bool, as_json: bool, quiet: bool, options: dict[str, Any]
+) -> None:
+    from surgery.lossy import SUFFIX as LOSSY  # these bring torch, which --help must not pay for
+    from surgery.operations.extract_lossy import check_lossy_name, extract_lossy
+
+    out = out or f"./{stem_of(tuned)}{LOSSY}"
+    check_lossy_name(out)
+    began = time.monotonic()
+    delta = extract_lossy(base, tuned, **options)
+    delta.save(out, overwrite=overwrite)
+    seconds = time.monotonic() - began
+    if as_json:
+        terminal.document({
+            "schema": "surgery.extract-lossy-delta/1", "out": out, "bytes": delta.nbytes, "bits": delta.bits,
+            "rank": options["rank"], "relative_error": delta.error, "seconds": round(seconds, 3),
+        })  # fmt: skip
+    elif quiet:
+        click.echo(printable(out))
+    else:
+        size = f"{human_bytes(delta.nbytes)} of {delta.bits}, relative error {delta.error:.4f}, measured"
+        click.echo(f"wrote {printable(out)} ({size}) in {seconds:.1f} s; not exact")
+        terminal.notes(delta.adapter.report.notes)

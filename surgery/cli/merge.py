@@ -39,6 +39,10 @@ def accept(function: F) -> F:
             options.allow_base_mismatch,
             click.option("--reverse", is_flag=True,
                          help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."),
+            click.option("--undo/--no-undo", default=True,
+                         help="Keep what unmerge needs to give the base back to the bit; kept by default."),
+            click.option("--delta-base", type=click.Path(), metavar="BASE",
+                         help="With exact deltas made with this: add them as numbers, at any --coeff and to any model."),
             click.option("--allow-incomplete", is_flag=True,
                          help="Merge an adapter that lacks modules its configuration names."),
             options.allow_nonfinite,
@@ -67,7 +71,8 @@ def command(
     bytes. PEFT LoRA adapters are understood with rank and alpha patterns, rsLoRA, DoRA, biases, saved modules and token
     rows.
 
-    An exact delta (surgery extract-delta): the fine-tune is restored bit for bit; any other base is refused.
+    An exact delta (surgery extract-delta): the fine-tune is restored bit for bit; any other base is refused. Several are
+    a chain: each was made with what the one before restores.
 
     Models: every tensor is merged by the algorithm, rounded once. Adapters and exact deltas stand for BASE with them.
     Algorithms that need no base take BASE as their first model.
@@ -77,6 +82,8 @@ def command(
       surgery merge base math code --coeff 0.6 --coeff 0.4 -o both
       surgery merge base style --coeff -1 -o negated
       surgery merge base task.delta -o ft
+      surgery merge base step1.delta step2.delta -o ft
+      surgery merge other task.delta --delta-base base --coeff 0.5 -o merged
       surgery merge base ft1 ft2 --algorithm ties -p density=0.5 -o merged
       surgery merge base ft1 task.delta adapter --algorithm ties -o merged
       surgery merge ft1 ft2 --algorithm linear -o average

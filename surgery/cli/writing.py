@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import pushing, terminal
 from surgery.errors import printable
 from surgery.plan import Plan
+from surgery.report import percent
 from surgery.tensor import human_bytes
 
 
@@ -52,7 +54,9 @@ def write(
     nbytes = sum(file.size for file in plan.files)
     pushed = pushing.push(out, to, quiet=quiet or as_json, progress=progress)
     if as_json:
-        head = {key: value for key, value in record.items() if key not in ("schema", "tensors")}
+        head = {
+            key: value for key, value in record.items() if key not in ("schema", "tensors", "kept", "files", "digest")
+        }
         terminal.document({"schema": f"surgery.{verb}/1", "out": out, "tensors": dict(plan.counts), "bytes": nbytes,
                            "seconds": round(seconds, 3), "notes": checkpoint.notes, **({"pushed": pushed} if pushed else {}), **head})  # fmt: skip
     elif quiet:
@@ -68,7 +72,26 @@ def write(
             click.echo(
                 f"{restored['proven_exact']} of {restored['tensors']} touched tensors proven bit-identical to the base"
             )
-        terminal.notes(checkpoint.notes)
+        for line in _accounts(record):
+            click.echo(line)
+        terminal.notes([*checkpoint.notes, *record.get("warnings", ())])
+
+
+def _accounts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say what rounding left of a merge's deltas, and what it costs to be able to undo it."""
+    kept, undo = record.get("delta_kept"), record.get("undo")
+    if kept and kept["error"] is not None:
+        worst = kept["worst"][0]
+        yield (
+            f"of the delta {percent(kept['changed'])} of the weights took something; error {percent(kept['error'])}, "
+            f"at most {percent(kept['tensors'][worst]['error'])} ({printable(worst)})"
+        )
+    if undo and undo["bytes"] + undo["original_bytes"]:
+        bits = f" ({8 * undo['bytes'] / undo['weights']:.2g} bits a weight)" if undo["weights"] else ""
+        kinds = (
+            f" and {undo['originals']} originals, {human_bytes(undo['original_bytes'])}" if undo["originals"] else ""
+        )
+        yield f"kept for unmerge: undo records, {human_bytes(undo['bytes'])}{bits}{kinds}"
 
 
 def _say_streamed(url: str, plan: Plan, seconds: float, *, as_json: bool, quiet: bool, notes: Sequence[str]) -> None:

@@ -6,13 +6,17 @@ so every pair of patterns has one, NaN payloads and −0 included. Small ones of
 (zigzag), their bytes are put into planes, and each plane is compressed with zstd.
 
 How large a difference is in units depends on the weight's exponent, because ΔW hardly depends on W. The base's exponents are
-known to whoever decodes: differences are stably sorted by them, which brings like to like and costs nothing.
+known to whoever decodes: differences are stably sorted by them, which brings like to like and costs nothing. They are sorted
+in runs of 2¹⁸ elements, whose order stays in the processor's caches, and compressed with a window of 16 KiB, because zstd makes
+one Huffman code for at most a window: what lies in it has much the same exponent.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,10 +30,19 @@ SAME, SPARSE, SORTED, PLAIN, RAW = "same", "sparse", "sorted", "plain", "raw"
 CODINGS = (SAME, SPARSE, SORTED, PLAIN, RAW)
 """What a block can be: the base's · differences at positions · all differences, sorted · unsorted · without the base."""
 
+RUN = 1 << 18
+"""Elements that are sorted together."""
 LEVEL = 1
-"""Of zstd. What is left after sorting has no repetitions to look for: higher levels are slower, and often larger."""
+"""Of zstd, for bits as they are."""
+CODES = zstandard.ZstdCompressionParameters(
+    window_log=14, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0, strategy=zstandard.STRATEGY_FAST,
+    write_content_size=True,
+)  # fmt: skip
+"""Of zstd, for codes: they have no repetitions but runs of zeros, and looking for others costs time and bytes."""
 SPARSE_SHARE = 1 / 8
 """Where more elements than this differ, positions are not tried."""
+POSITIONS_WORTH = 16
+"""Bytes a block that positions may cost more than what is sorted: without the base they are undone, and joined to others."""
 
 _Bits = NDArray[Any]
 
@@ -57,7 +70,7 @@ class Block:
         self.dtype = dtype
         self.bits: _Bits = np.frombuffer(data, f"<u{width(dtype)}")
         self.values = _ordered(self.bits, dtype)
-        self._order: NDArray[np.intp] | None = None
+        self._order: list[NDArray[np.intp]] | None = None
 
     @property
     def sortable(self) -> bool:
@@ -67,12 +80,15 @@ class Block:
     def keys(self) -> _Bits:
         """Return the exponents."""
         shift, mask = _EXPONENT[self.dtype]
-        return ((self.bits >> shift) & mask).astype(np.uint8 if mask <= 0xFF else np.uint16)
+        keys: _Bits = (self.bits >> shift).astype(np.uint8 if mask <= 0xFF else np.uint16)
+        if mask != 0xFF:
+            keys &= keys.dtype.type(mask)
+        return keys
 
-    def order(self) -> NDArray[np.intp]:
-        """Return the stable order by exponent."""
+    def order(self) -> list[NDArray[np.intp]]:
+        """Return the stable order by exponent, run by run."""
         if self._order is None:
-            self._order = np.argsort(self.keys(), kind="stable")  # a radix sort for numbers this short
+            self._order = _order(self.keys())
         return self._order
 
 
@@ -92,8 +108,9 @@ def encode(tuned: Block, known: Block | None, *, reversible: bool = False) -> tu
     >>> np.frombuffer(decode(coding, data, base), np.float32).tolist()
     [1.0, 2.0, 3.0, 0.0]
     """
+    reuse_freed_memory()
     if known is None:
-        return RAW, _planes(tuned.bits)
+        return RAW, _planes(tuned.bits, compress)
     codes = _zigzag(tuned.values - known.values)
     changed = int(np.count_nonzero(codes))
     if not changed:
@@ -103,15 +120,15 @@ def encode(tuned: Block, known: Block | None, *, reversible: bool = False) -> tu
         tries.append((SPARSE, _sparse(codes)))
     if known.sortable:
         keys = _sparse(tuned.keys() - known.keys()) if reversible else b""
-        tries.append((SORTED, _section(keys) + _planes(codes[known.order()])))
+        tries.append((SORTED, _section(keys) + _planes(_gather(codes, known.order()))))
     else:
         tries.append((PLAIN, _planes(codes)))
     if not reversible and 2 * int(np.count_nonzero(codes >> 8 * (codes.itemsize - 1))) > codes.size:
-        tries.append((RAW, _planes(tuned.bits)))  # most differ by far: perhaps the base says nothing
-    return min(tries, key=lambda found: len(found[1]))
+        tries.append((RAW, _planes(tuned.bits, compress)))  # most differ by far: perhaps the base says nothing
+    return min(tries, key=lambda found: len(found[1]) - POSITIONS_WORTH * (found[0] == SPARSE))
 
 
-def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> bytes:
+def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> memoryview:
     """Restore a block's bytes.
 
     Args:
@@ -123,35 +140,97 @@ def decode(coding: str, data: bytes, known: Block, *, reverse: bool = False) -> 
     Raises:
         FormatError: the bytes are not such a coding.
     """
+    reuse_freed_memory()
     if coding == SAME:
-        return known.bits.tobytes()
-    reader = _Reader(data)
-    if coding == SPARSE:
-        codes = reader.sparse(known.bits)
-    elif coding == SORTED:
-        keys = _Reader(reader.section())
-        order = known.order()
-        if reverse:
-            keyed = known.keys()
-            order = np.argsort(keyed - keys.sparse(keyed), kind="stable")
-        codes = np.empty_like(known.bits)
-        codes[order] = reader.planes(known.bits.dtype, known.bits.size)
+        return _bytes(known.bits)
+    if coding != SORTED:
+        codes = _unsorted(coding, data, known.bits)
     else:
-        codes = reader.planes(known.bits.dtype, known.bits.size)
-    reader.end()
+        reader = _Reader(data)
+        steps_of_keys = _Reader(reader.section())
+        if reverse:
+            keys = known.keys()
+            order = _order(keys - steps_of_keys.sparse(keys))
+        else:
+            order = known.order()
+        codes = _scatter(reader.planes(known.bits.dtype, known.bits.size), order)
+        reader.end()
     steps = _unzigzag(codes)
-    return _ordered(known.values - steps if reverse else known.values + steps, known.dtype).tobytes()
+    return _bytes(_ordered(known.values - steps if reverse else known.values + steps, known.dtype))
 
 
-def decode_raw(data: bytes, dtype: str, nbytes: int) -> bytes:
+def decode_raw(data: bytes, dtype: str, nbytes: int) -> memoryview:
     """Restore a block that was coded without a base."""
     reader, size = _Reader(data), width(dtype)
     bits = reader.planes(np.dtype(f"<u{size}"), nbytes // size)
     reader.end()
-    return bits.tobytes()
+    return _bytes(bits)
 
 
-def compress(data: bytes) -> bytes:
+def combine(first: tuple[str, bytes], second: tuple[str, bytes], dtype: str, nbytes: int) -> tuple[str, bytes] | None:
+    """Make one coded block of two, of which the second goes on from what the first restores; the base is not known.
+
+    Args:
+        first: coding and bytes of the step from the base.
+        second: coding and bytes of the step after it.
+        dtype: of the tensor.
+        nbytes: bytes of the block, restored.
+
+    Returns:
+        Coding and bytes, or ``None`` where it takes the base's exponents.
+    """
+    if second[0] in (SAME, RAW) or first[0] == SAME:
+        return first if second[0] == SAME else second
+    size = width(dtype)
+    if first[0] == RAW:
+        known = Block(dtype, decode_raw(first[1], dtype, nbytes))
+        return RAW, _planes(Block(dtype, decode(*second, known)).bits, compress)
+    if SORTED in (first[0], second[0]):
+        return None
+    like = np.zeros(nbytes // size, f"<u{size}")
+    codes = _zigzag(_unzigzag(_unsorted(*first, like)) + _unzigzag(_unsorted(*second, like)))
+    if not codes.any():
+        return SAME, b""
+    return min((SPARSE, _sparse(codes)), (PLAIN, _planes(codes)), key=lambda found: len(found[1]))
+
+
+def _unsorted(coding: str, data: bytes, like: _Bits) -> _Bits:
+    """Take apart a block whose codes lie in the order of the elements."""
+    reader = _Reader(data)
+    codes = reader.sparse(like) if coding == SPARSE else reader.planes(like.dtype, like.size)
+    reader.end()
+    return codes
+
+
+def pack_numbers(values: _Bits) -> bytes:
+    """Write unsigned numbers as planes, those of either sign made small first."""
+    return _planes(_zigzag(values))
+
+
+def unpack_numbers(data: bytes, dtype: str, count: int) -> _Bits:
+    """Read what :func:`pack_numbers` wrote.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    reader = _Reader(data)
+    codes = reader.planes(np.dtype(dtype), count)
+    reader.end()
+    return _unzigzag(codes)
+
+
+@functools.cache
+def reuse_freed_memory() -> None:
+    """Have the C library keep what is freed for what is allocated next.
+
+    A block takes some twenty temporaries of a few megabytes. The GNU C library maps each anew, and touching its pages
+    costs as much as all the coding, until it has once seen a larger one freed: up to that size (32 MB at most) it then
+    takes memory from its heap, and gives none back before twice as much lies idle. This frees one, never touched.
+    """
+    bytearray(31 << 20)
+
+
+def compress(data: bytes | memoryview) -> bytes:
     """Compress bytes into one zstd frame that says how long they were."""
     return _compressor().compress(data)
 
@@ -171,16 +250,47 @@ def decompress(data: bytes, limit: int) -> bytes:
         raise FormatError(f"a compressed part is damaged: {error}") from None
 
 
+def _compress_codes(data: bytes | memoryview) -> bytes:
+    return _compressor("codes").compress(data)
+
+
 _local = threading.local()
 
 
-def _compressor() -> zstandard.ZstdCompressor:
+def _compressor(kind: str = "bits") -> zstandard.ZstdCompressor:
     """Return this thread's compressor: they are not for sharing."""
-    held: zstandard.ZstdCompressor | None = getattr(_local, "compressor", None)
+    held: zstandard.ZstdCompressor | None = getattr(_local, kind, None)
     if held is None:
-        held = zstandard.ZstdCompressor(level=LEVEL)
-        _local.compressor = held
+        codes = zstandard.ZstdCompressor(compression_params=CODES)
+        held = codes if kind == "codes" else zstandard.ZstdCompressor(level=LEVEL)
+        setattr(_local, kind, held)
     return held
+
+
+def _order(keys: _Bits) -> list[NDArray[np.intp]]:
+    """Sort keys stably, run by run; a radix sort for numbers this short."""
+    return [np.argsort(keys[start : start + RUN], kind="stable") for start in range(0, keys.size, RUN)]
+
+
+def _gather(values: _Bits, order: list[NDArray[np.intp]]) -> _Bits:
+    out = np.empty_like(values)
+    for number, run in enumerate(order):
+        part = slice(number * RUN, number * RUN + len(run))
+        out[part] = values[part].take(run)
+    return out
+
+
+def _scatter(values: _Bits, order: list[NDArray[np.intp]]) -> _Bits:
+    """Undo :func:`_gather`."""
+    out = np.empty_like(values)
+    for number, run in enumerate(order):
+        part = slice(number * RUN, number * RUN + len(run))
+        out[part][run] = values[part]
+    return out
+
+
+def _bytes(bits: _Bits) -> memoryview:
+    return np.ascontiguousarray(bits).view(np.uint8).data
 
 
 def _ordered(bits: _Bits, dtype: str) -> _Bits:
@@ -189,18 +299,23 @@ def _ordered(bits: _Bits, dtype: str) -> _Bits:
         return bits
     signed = bits.view(f"<i{bits.itemsize}")
     last = 8 * bits.itemsize - 1
-    folded: _Bits = (signed ^ ((signed >> last) & signed.dtype.type((1 << last) - 1))).view(bits.dtype)
-    return folded
+    folded = signed >> last
+    folded &= folded.dtype.type((1 << last) - 1)
+    folded ^= signed
+    return folded.view(bits.dtype)
 
 
 def _zigzag(steps: _Bits) -> _Bits:
     signed = steps.view(f"<i{steps.itemsize}")
-    codes: _Bits = ((signed << 1) ^ (signed >> (8 * steps.itemsize - 1))).view(steps.dtype)
-    return codes
+    codes = signed >> (8 * steps.itemsize - 1)
+    codes ^= signed << 1
+    return codes.view(steps.dtype)
 
 
 def _unzigzag(codes: _Bits) -> _Bits:
-    steps: _Bits = (codes >> 1) ^ (~(codes & 1) + 1)
+    steps = ~(codes & 1)
+    steps += steps.dtype.type(1)
+    steps ^= codes >> 1
     return steps
 
 
@@ -208,10 +323,13 @@ def _section(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
-def _planes(numbers: _Bits) -> bytes:
+def _planes(numbers: _Bits, shrink: Callable[[bytes | memoryview], bytes] = _compress_codes) -> bytes:
     """Compress the lowest bytes of all numbers, then the next: one section each, empty where all are zero."""
-    planes = np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, numbers.itemsize).T
-    return b"".join(_section(compress(plane.tobytes()) if plane.any() else b"") for plane in planes)
+    sections = []
+    for plane in range(numbers.itemsize):
+        values = (numbers >> 8 * plane).astype(np.uint8)
+        sections.append(_section(shrink(values.data) if values.any() else b""))
+    return b"".join(sections)
 
 
 def _sparse(codes: _Bits) -> bytes:
@@ -234,15 +352,16 @@ class _Reader:
 
     def planes(self, dtype: np.dtype[Any], count: int) -> _Bits:
         """Take as many sections as a number has bytes."""
-        out = np.zeros((count, dtype.itemsize), np.uint8)
+        out = np.zeros(count, dtype)
         for plane in range(dtype.itemsize):
             data = self.section()
             if data:
                 found = decompress(data, count)
                 if len(found) != count:
                     raise FormatError(f"a plane holds {len(found):,} bytes where {count:,} belong")
-                out[:, plane] = np.frombuffer(found, np.uint8)
-        return out.view(dtype).reshape(-1)
+                values = np.frombuffer(found, np.uint8)
+                out |= values if not plane else values.astype(dtype) << dtype.type(8 * plane)
+        return out
 
     def sparse(self, like: _Bits) -> _Bits:
         """Take numbers at positions; all others are zero."""

@@ -15,12 +15,15 @@ from typing import Any
 import xxhash
 
 from surgery.errors import FormatError, UnsupportedError
-from surgery.formats.delta_codec import CODINGS, RAW, SAME, block_elements, compress, decompress
+from surgery.formats.delta_codec import CODINGS, RAW, SAME, SORTED, block_elements, compress, decompress
+from surgery.formats.delta_prediction import LARGEST_RANK, PREDICTED
 from surgery.formats.safetensors import build_header, check_name, strict_object
 from surgery.tensor import BITS, TensorSpec
 
-FORMAT = "surgery-delta/1"
+FORMAT = "surgery-delta/2"
 MANIFEST, DATA = "surgery.delta.manifest", "surgery.delta.data"
+FACTORS = "factors"
+"""What a prediction's bytes are called beside coded blocks."""
 LIMIT = 400_000_000
 """Largest manifest in bytes, decompressed."""
 
@@ -41,6 +44,16 @@ class Coded:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """Factors that the base's tensor is brought nearer to the fine-tune's by: see :mod:`surgery.formats.delta_prediction`."""
+
+    rank: int
+    scale: float
+    packed: Coded
+    """Where they lie: in the data after the tensor's blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """A tensor of one side, as it was when the delta was made."""
 
@@ -54,9 +67,16 @@ class Change:
 
     tuned: Known
     base: str | None
-    """The base's tensor that it is coded against."""
+    """The base's tensor that it is coded against: of its dtype and shape, or with another number of rows."""
     blocks: tuple[Coded, ...]
     """None where it is the base's tensor, unchanged."""
+    prediction: Prediction | None = None
+    """What its blocks are coded against, in place of the base's tensor itself."""
+
+    @property
+    def stored(self) -> tuple[Coded, ...]:
+        """Everything of it that lies in the data, in order."""
+        return self.blocks if self.prediction is None else (*self.blocks, self.prediction.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +98,21 @@ class Manifest:
     """By the fine-tune's names."""
     reversible: bool = False
     back: dict[str, tuple[Coded, ...]] = field(default_factory=dict)
-    """The base's tensors that nothing of the fine-tune says anything about, whole; where ``reversible``."""
+    """The base's tensors that the fine-tune does not say all about, whole; where ``reversible``."""
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the base can be restored from the fine-tune: it was made so, or no coding takes the base to undo."""
+        if self.reversible:
+            return True
+        covered = set()
+        for change in self.changes.values():
+            if change.base is None or not covers(self.base.tensors[change.base].spec, change.tuned.spec):
+                continue
+            if change.prediction or any(block.coding in (SORTED, RAW) for block in change.blocks):
+                return False
+            covered.add(change.base)
+        return covered == self.base.tensors.keys()
 
     @property
     def data_bytes(self) -> int:
@@ -88,9 +122,25 @@ class Manifest:
     def runs(self) -> Iterator[tuple[tuple[str, bool], tuple[Coded, ...]]]:
         """Yield (name, whether it is the base's) and blocks in the order in which they lie in the data."""
         for name in sorted(self.changes):
-            yield (name, False), self.changes[name].blocks
+            yield (name, False), self.changes[name].stored
         for name in sorted(self.back):
             yield (name, True), self.back[name]
+
+
+def fits(base: TensorSpec, tuned: TensorSpec) -> bool:
+    """Say whether ``tuned`` can be coded against ``base``: they are alike, or differ in their number of rows.
+
+    >>> fits(TensorSpec("w", "F16", (8, 4)), TensorSpec("w", "F16", (10, 4)))
+    True
+    """
+    if base.dtype != tuned.dtype or len(base.shape) != len(tuned.shape):
+        return False
+    return base.shape == tuned.shape or (base.shape[1:] == tuned.shape[1:] and min(base.numel, tuned.numel) > 0)
+
+
+def covers(base: TensorSpec, tuned: TensorSpec) -> bool:
+    """Say whether a tensor that is coded against ``base`` says all about it: it lost no rows."""
+    return tuned.numel >= base.numel
 
 
 def block_count(spec: TensorSpec) -> int:
@@ -120,6 +170,9 @@ def _document(manifest: Manifest) -> dict[str, Any]:
             entry["blocks"] = _blocks(change.blocks)
         if change.base is None:
             entry["new"] = True
+        if change.prediction is not None:
+            found = change.prediction
+            entry["predicted"] = [found.rank, found.scale.hex(), found.packed.size, found.packed.digest]
         changes[name] = entry
     return {
         "schema": FORMAT, "reversible": manifest.reversible, "base": _side(manifest.base), "task": _side(manifest.task),
@@ -172,12 +225,15 @@ def parse(packed: bytes) -> Manifest:
 
 
 def _check_way_back(base: Mapping[str, Known], changes: Mapping[str, Change], back: Mapping[str, Any]) -> None:
-    coded = {change.base for change in changes.values()}
+    coded = {
+        change.base for change in changes.values()
+        if change.base is not None and covers(base[change.base].spec, change.tuned.spec)
+    }  # fmt: skip
     for name in base:
         if name not in back and name not in coded:
             raise FormatError("is the base's, and the delta that is to be reversible says nothing of it", tensor=name)
     for name, change in changes.items():
-        if change.base is not None and any(block.coding == RAW for block in change.blocks):
+        if change.base is not None and (change.prediction or any(block.coding == RAW for block in change.blocks)):
             raise FormatError("is stored without its base in a delta that is to be reversible", tensor=name)
 
 
@@ -215,7 +271,7 @@ def _parse_known(name: str, value: Any) -> Known:
 
 
 def _change(name: str, value: Any, base: Mapping[str, Known]) -> Change:
-    if not isinstance(value, dict) or not value.keys() <= {"from", "is", "blocks", "new"}:
+    if not isinstance(value, dict) or not value.keys() <= {"from", "is", "blocks", "new", "predicted"}:
         raise FormatError("its entry in the delta's manifest is malformed", tensor=name)
     source = None if value.get("new") else value.get("from", name)
     if source is not None and source not in base:
@@ -227,12 +283,27 @@ def _change(name: str, value: Any, base: Mapping[str, Known]) -> Change:
         return Change(Known(TensorSpec(name, was.spec.dtype, was.spec.shape), was.fingerprint), source, ())
     tuned = _parse_known(name, value["is"])
     blocks = _parse_blocks(name, value.get("blocks"), tuned.spec, raw=source is None)
-    if source is not None and (base[source].spec.dtype, base[source].spec.shape) != (
-        tuned.spec.dtype,
-        tuned.spec.shape,
-    ):
+    if source is not None and not fits(base[source].spec, tuned.spec):
         raise FormatError("is coded against a tensor of another dtype or shape", tensor=name)
-    return Change(tuned, source, blocks)
+    if "predicted" not in value:
+        return Change(tuned, source, blocks)
+    if source is None or base[source].spec.shape != tuned.spec.shape:
+        raise FormatError("is predicted from nothing", tensor=name)
+    return Change(tuned, source, blocks, _parse_prediction(name, value["predicted"], tuned.spec))
+
+
+def _parse_prediction(name: str, value: Any, spec: TensorSpec) -> Prediction:
+    if not isinstance(value, list) or len(value) != 4 or spec.dtype not in PREDICTED or len(spec.shape) < 2:
+        raise FormatError("its prediction is malformed", tensor=name)
+    rank, scale, size, digest = value
+    sized = type(rank) is int and 0 < rank <= LARGEST_RANK and type(size) is int and 0 < size < 1 << 40
+    try:
+        factor = float.fromhex(scale) if sized and isinstance(digest, str) and isinstance(scale, str) else 0.0
+    except (ValueError, OverflowError):
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise FormatError("its prediction is malformed", tensor=name)
+    return Prediction(rank, factor, Coded(FACTORS, size, digest))
 
 
 def _parse_blocks(name: str, value: Any, spec: TensorSpec, *, raw: bool) -> tuple[Coded, ...]:

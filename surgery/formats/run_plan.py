@@ -39,7 +39,8 @@ RECIPE: Kinds = {
 MODELS: Kinds = {
     "inputs": (list,), "algorithm": (str, type(None)), "parameters": (dict,), "compat": (str,), "seed": (int,),
     "dtype": (str, type(None)), "with_base": (bool, type(None)), "missing": (str,), "name_map": (dict, type(None)),
-    "allow_base_mismatch": (bool,), "allow_incomplete": (bool,), "allow_nonfinite": (bool,), "reverse": (bool,),
+    "allow_base_mismatch": (bool,), "allow_incomplete": (bool,), "allow_nonfinite": (bool,), "reverse": (bool,), "undo": (bool,),
+    "delta_base": (str, type(None)),
 }  # fmt: skip
 """Paths of inputs, the base first, and the arguments of ``surgery.merge``."""
 

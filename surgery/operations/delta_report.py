@@ -21,7 +21,7 @@ class DeltaRow:
     name: str
     role: str
     how: str
-    """``unchanged``, ``new`` (without a base), or the coding that most of its blocks have."""
+    """``unchanged``, ``new`` (without a base), ``low-rank`` (predicted, and the rest), or the coding that most of its blocks have."""
     elements: int
     nbytes: int
 
@@ -116,7 +116,7 @@ def describe(delta: Delta) -> DeltaInfo:
     manifest = delta.manifest
     rows = tuple(
         DeltaRow(name, role_of(change.tuned.spec), _how(change), change.tuned.spec.numel,
-                 sum(block.size for block in change.blocks))
+                 sum(block.size for block in change.stored))
         for name, change in manifest.changes.items()
     )  # fmt: skip
     back = sum(block.size for blocks in manifest.back.values() for block in blocks)
@@ -131,5 +131,7 @@ def describe(delta: Delta) -> DeltaInfo:
 def _how(change: Change) -> str:
     if change.base is None:
         return "new"
+    if change.prediction is not None:
+        return "low-rank"
     codings = Counter(block.coding for block in change.blocks)
     return codings.most_common(1)[0][0] if codings else "unchanged"

@@ -159,6 +159,21 @@ def info(source: Source | Delta) -> Info | DeltaInfo:
     return Info(checkpoint.label, specs, files, checkpoint.config, notes, blocks)
 
 
+def overview(found: Sequence[tuple[str, Info | DeltaInfo]]) -> Table:
+    """List many, a line each: what it is, and its bytes; of exact deltas the base, the task, and the kinds of coding."""
+    rows = []
+    for path, each in found:
+        if isinstance(each, Info):
+            what, cost = "checkpoint", ""
+        else:
+            kinds = Counter(row.how for row in each.rows)
+            held = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+            both = " (and back)" if each.reversible else ""
+            what, cost = f"{each.base} → {each.task}{both}: {held}", f"{each.bits:.3f}"
+        rows.append((path, what, human_count(each.parameters), human_bytes(each.nbytes), cost))
+    return Table("What there is", ("path", "what", "elements", "bytes", "bits/weight"), tuple(rows))
+
+
 def _alike(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, int]]:
     """Count tensors of one dtype and shape: models have many tensors of few kinds, and sizes are computed once a kind."""
     counts = Counter((spec.dtype, spec.shape) for spec in specs)

@@ -6,7 +6,7 @@ The commit comes last, with the small files, so that the repository changes at o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Streamed(Publication):
         """Refuse if the disk has no room for the largest file and the small ones."""
         super().check_space(min(needed, self._largest))
 
-    def finish(self, name: str, file: OutputFile, fingerprints: Mapping[str, str]) -> None:
+    def finish(
+        self, name: str, file: OutputFile, fingerprints: Mapping[str, str], notes: Iterable[bytes] | None = None
+    ) -> None:
         """Send a file, and free the disk of it."""
         path = self.staging / name
         self._to.allow(file.size)

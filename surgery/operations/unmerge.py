@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from surgery import provenance
 from surgery.adapter import Adapter, Binding, bind, expected_base, open_adapter
-from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic
+from surgery.checkpoint import Checkpoint, Origin, Record, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Dense, ExpertsLowRank, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
-from surgery.operations.merge import resized_config
+from surgery.kept import KEPT_FILE, UNDO_FILE
+from surgery.operations.merge_adapters import resized_config
+from surgery.operations.unmerge_exact import ExactWork, is_undoable, refuse_order
 from surgery.report import join_shown
 from surgery.roles import role_of
 from surgery.tensor import LazyTensor, TensorSpec, read_bytes
@@ -23,31 +25,37 @@ from surgery.tensor import LazyTensor, TensorSpec, read_bytes
 
 def unmerge(
     merged: Source,
-    adapter: str | os.PathLike[str] | Adapter,
-    *,
+    *adapters: str | os.PathLike[str] | Adapter,
     base: Source | None = None,
     coeff: float | None = None,
     name_map: Mapping[str, str] | None = None,
+    approximate: bool = False,
 ) -> Checkpoint:
-    r"""Take an adapter out of a checkpoint that it was merged into.
+    r"""Take adapters out of a checkpoint that they were merged into.
 
-    Low-rank parts are subtracted, ``round(W' − c · scaling · B @ A)``, which is right to one unit in the last place,
-    not to the bit; tensors and rows that the adapter replaced are restored from the originals that ``merge`` kept. With
-    ``base`` every touched tensor is copied from it, and the result is exact.
+    Where ``merge`` kept undo records (a saved folder, by default), every touched tensor comes back to the bit, and is proved by
+    its fingerprint. Adapters merged one after another come out in reverse order; those merged at once that share weights
+    come out at once; others in any order.
+
+    Without records low-rank parts are subtracted, ``round(W' − c · scaling · B @ A)``, which is right to one unit in the last
+    place, not to the bit; tensors and rows that the adapter replaced are restored from the originals that ``merge`` kept.
+    With ``base`` every touched tensor is copied from it, and the result is exact.
 
     Args:
         merged: the checkpoint to restore.
-        adapter: what was merged.
+        adapters: what was merged.
         base: the checkpoint before the merge.
         coeff: the coefficient it was merged with; by default what the record says, or 1.
-        name_map: names in the adapter → names in the checkpoint.
+        name_map: names in the adapters → names in the checkpoint.
+        approximate: subtract, whatever the records say: in any order, and from weights that changed since.
 
     Returns:
         The restored checkpoint, lazily.
 
     Raises:
-        MismatchError: the record says that the adapter is not in there, what it replaced is not to be had, or ``base``
-            is not the base of the record.
+        MismatchError: the record says that an adapter is not in there, that another must come out first, or that the
+            checkpoint was changed since; what it replaced is not to be had; or ``base`` is not the base of the record.
+        VerificationError: when read or saved: a tensor did not come back as it was.
 
     >>> import torch, surgery
     >>> base = {"q_proj.weight": torch.ones(4, 4)}
@@ -58,55 +66,117 @@ def unmerge(
     """
     if coeff is not None and not math.isfinite(coeff):
         raise UsageError("a coefficient is not a finite number")
-    checkpoint, opened = open_checkpoint(merged), open_adapter(adapter)
-    history = history_of(checkpoint)
-    entry = _find(checkpoint, opened, history)
-    if coeff is None:
-        coeff = entry["coeff"] if entry else 1.0
-    elif entry and coeff != entry["coeff"]:
-        raise MismatchError(
-            f"was merged with coefficient {entry['coeff']}, not {coeff}", file=opened.label, mend="drop --coeff"
-        )
-    binding = bind(opened, checkpoint, coeff=-coeff, name_map=name_map, allow_incomplete=True)
+    if not adapters:
+        raise UsageError("nothing to unmerge: name an adapter after the checkpoint")
+    checkpoint, left = open_checkpoint(merged), [open_adapter(adapter) for adapter in adapters]
+    while left:
+        history = history_of(checkpoint)
+        places = [_find(checkpoint, adapter, history) for adapter in left]
+        step = max((history.adapters[place]["step"] for place in places if place is not None), default=0)
+        now = [k for k, place in enumerate(places) if place is None or history.adapters[place]["step"] == step]
+        found = [place for k in now if (place := places[k]) is not None]
+        entries = [history.adapters[place] for place in found]
+        for entry, k in zip(entries, now, strict=False):
+            _check_coeff(left[k], entry, coeff)
+        if base is None and not approximate and len(set(found)) == len(now) and is_undoable(history, step, entries):
+            checkpoint = _exactly(checkpoint, history, found, [left[k] for k in now], name_map)
+        else:
+            now = now[:1]
+            checkpoint = _roughly(checkpoint, history, found[0] if found else None, left[now[0]], base, coeff, name_map)
+        left = [adapter for k, adapter in enumerate(left) if k not in now]
+    return checkpoint
+
+
+def _exactly(
+    checkpoint: Checkpoint, history: History, places: Sequence[int], adapters: Sequence[Adapter],
+    name_map: Mapping[str, str] | None,
+) -> Checkpoint:  # fmt: skip
+    """Take adapters of one step out to the bit."""
+    refuse_order(checkpoint, history, places)
+    bindings = [
+        bind(adapter, checkpoint, coeff=-history.adapters[place]["coeff"], name_map=name_map, allow_incomplete=True)
+        for adapter, place in zip(adapters, places, strict=True)
+    ]
+    work = ExactWork(checkpoint, history, places, adapters, bindings)
+    future = history.without(places, work.touched, exact=True)
+    return _restored(
+        checkpoint, work.tensors, adapters, [], history, future, work.resized, len(work.touched),
+        [note for binding in bindings for note in binding.notes],
+        lambda prints: work.record(prints, future.adapters),
+    )  # fmt: skip
+
+
+def _roughly(
+    checkpoint: Checkpoint, history: History, place: int | None, adapter: Adapter, base: Source | None,
+    coeff: float | None, name_map: Mapping[str, str] | None,
+) -> Checkpoint:  # fmt: skip
+    """Take one adapter out by subtraction, or copy what it touched from the base."""
+    entry = None if place is None else history.adapters[place]
+    factor = coeff if coeff is not None else entry["coeff"] if entry else 1.0
+    binding = bind(adapter, checkpoint, coeff=-factor, name_map=name_map, allow_incomplete=True)
     if entry is None and base is None:
-        _refuse_untouched(checkpoint, opened, binding)
+        _refuse_untouched(checkpoint, adapter, binding)
     if base is None:
         require_arithmetic(checkpoint, sorted(binding.updates.keys() - binding.replaced))
-    _refuse_later(history, entry, binding, checkpoint, from_base=base is not None)
-    work = _Work(checkpoint, history, opened, entry, binding)
-    tensors = work.from_base(open_checkpoint(base)) if base is not None else work.by_subtraction()
-    config, files = resized_config(checkpoint.config, [work.resized])
-    adapters, kept = history.without(entry["fingerprint"]) if entry else ([], {})
-    future = History(history.known, adapters, history.base_prints, {}, kept, history.stored)
-    sources = [checkpoint, open_checkpoint(base)] if base is not None else [checkpoint]
+    _refuse_later(history, place, binding, checkpoint, from_base=base is not None)
+    work = _Work(checkpoint, history, adapter, entry, binding)
+    source = None if base is None else open_checkpoint(base)
+    tensors = work.by_subtraction() if source is None else work.from_base(source)
+    future = History(history.known, [], history.base_prints, stored=history.stored)
+    if place is not None:
+        future = history.without([place], binding.updates.keys(), exact=base is not None)
+    return _restored(
+        checkpoint, tensors, [adapter], [source] if source else [], history, future, work.resized, len(binding.updates),
+        [*binding.notes, *work.notes], lambda prints: work.record(prints, future.adapters),
+    )  # fmt: skip
+
+
+def _restored(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], adapters: Sequence[Adapter],
+    others: Sequence[Checkpoint], history: History, future: History, resized: Mapping[str, int], touched: int,
+    notes: Sequence[str], record: Record,
+) -> Checkpoint:  # fmt: skip
+    config, files = resized_config(checkpoint.config, [resized])
+    stored = [stored for source in (checkpoint, *others) for stored in source.stored]
     return Checkpoint(
         tensors,
-        label=f"{checkpoint.label} − {opened.label}",
-        stored=[stored for source in sources for stored in source.stored] + [*history.stored, *opened.stored],
+        label=f"{checkpoint.label} − {' − '.join(adapter.label for adapter in adapters)}",
+        stored=[*stored, *history.stored, *(stored for adapter in adapters for stored in adapter.stored)],
         shards=checkpoint.shards,
         config=config,
         side_files=checkpoint.side_files,
-        notes=[*checkpoint.notes, *binding.notes, *work.notes],
+        notes=[*checkpoint.notes, *history.notes, *notes],
         origin=Origin(
-            lambda prints: work.record(prints, adapters), kept=kept, history=future,
-            counts={"restored": len(binding.updates), "copied": len(tensors) - len(binding.updates)},
-            bytes_read=checkpoint.nbytes + opened.nbytes, files=files,
+            record, kept={KEPT_FILE: future.kept, UNDO_FILE: future.undo}, carried=history.kept_prints, history=future,
+            counts={"restored": touched, "copied": len(tensors) - touched}, files=files,
+            bytes_read=checkpoint.nbytes + sum(adapter.nbytes for adapter in adapters),
         ),
     )  # fmt: skip
 
 
-def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> dict[str, Any] | None:
-    """Find the adapter's entry in the record; refuse where the record says that it is not in there."""
+def _find(checkpoint: Checkpoint, adapter: Adapter, history: History) -> int | None:
+    """Find the place of the adapter's entry in the record; refuse where the record says that it is not in there.
+
+    Raises:
+        MismatchError: it is not.
+    """
     if not history.known:
         return None
     fingerprint = adapter.fingerprint()
-    for entry in reversed(history.adapters):
-        if entry["fingerprint"] == fingerprint:
-            return dict(entry)
+    for place in reversed(range(len(history.adapters))):
+        if history.adapters[place]["fingerprint"] == fingerprint:
+            return place
     inside = join_shown([entry["name"] for entry in history.adapters]) or "none"
     raise MismatchError(
         f"the record says that {adapter.label} is not merged into it; merged adapters: {inside}", file=checkpoint.label
     )
+
+
+def _check_coeff(adapter: Adapter, entry: Mapping[str, Any], coeff: float | None) -> None:
+    if coeff is not None and coeff != entry["coeff"]:
+        raise MismatchError(
+            f"was merged with coefficient {entry['coeff']}, not {coeff}", file=adapter.label, mend="drop --coeff"
+        )
 
 
 def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> None:
@@ -123,12 +193,13 @@ def _refuse_untouched(checkpoint: Checkpoint, adapter: Adapter, binding: Binding
 
 
 def _refuse_later(
-    history: History, entry: Mapping[str, Any] | None, binding: Binding, checkpoint: Checkpoint, *, from_base: bool
+    history: History, place: int | None, binding: Binding, checkpoint: Checkpoint, *, from_base: bool
 ) -> None:
     """Refuse what other adapters in the same tensors make impossible."""
-    if entry is None:
+    if place is None:
         return
-    for other in history.without(entry["fingerprint"])[0]:
+    entry = history.adapters[place]
+    for other in (entry for number, entry in enumerate(history.adapters) if number != place):
         if other["step"] < entry["step"] and not from_base:
             continue  # what this step found and kept is what the earlier one had left
         shared = sorted(set(other["touched"]) & set(binding.updates))

@@ -17,6 +17,7 @@ from surgery.execute import Progress, Silent
 from surgery.formats import peft, peft_scalings
 from surgery.formats.delta_manifest import Coded
 from surgery.history import read_record
+from surgery.operations.verify_beside import verify_beside
 from surgery.operations.verify_serving import Serving, verify_serving
 from surgery.report import Table, join_shown
 from surgery.roles import layer_of, role_of
@@ -121,6 +122,7 @@ def verify(
     else:
         _check_fingerprints(real, stored.tensors, record, jobs or default_jobs(), progress or Silent())
         checks.append(("fingerprints", f"all {len(record['tensors']):,} as recorded by {record.get('made_by')}"))
+        checks += verify_beside(real, stored, record)
     return Verification(stored.label, tuple(checks), tuple(notes))
 
 

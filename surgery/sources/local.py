@@ -385,10 +385,25 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any] | Non
         FormatError: it is not a JSON object.
         UnsafeError: it is a link that leads out of the folder.
     """
+    data = read_config_bytes(folder, name)
+    if data is None:
+        return None
+    try:
+        return safetensors.strict_object(data)
+    except SurgeryError as error:
+        raise error.at(file=folder / name) from None
+
+
+def read_config_bytes(folder: Path, name: str) -> bytes | None:
+    """Read a small file of a folder; ``None`` where there is none.
+
+    Raises:
+        UnsafeError: it is a link that leads out of the folder.
+    """
     if not folders.exists(folder / name):
         return None
     try:
-        return safetensors.strict_object(read_small(_inside(folder, name, follow_links=False)))
+        return read_small(_inside(folder, name, follow_links=False))
     except SurgeryError as error:
         raise error.at(file=folder / name) from None
 
