@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery.checkpoint import Source, open_checkpoint
+from surgery.formats.delta_manifest import fits
 from surgery.names import align, parse_renames
 
 
@@ -14,7 +15,7 @@ class DeltaOutline:
     """One fine-tune beside its base."""
 
     compared: int
-    """Tensors that are coded against the base's."""
+    """Tensors that are coded against the base's, or against the rows that it has."""
     whole: int
     """Tensors that the base lacks, or has in another dtype or shape."""
     removed: int
@@ -45,7 +46,7 @@ def outline_delta(base: Source, tuned: Source, *, reversible: bool = False, rena
     specs = before.specs
     alike = [
         name for name, spec in after.specs.items()
-        if (twin := specs.get(spelled[name])) is not None and (twin.dtype, twin.shape) == (spec.dtype, spec.shape)
+        if (twin := specs.get(spelled[name])) is not None and fits(twin, spec)
     ]  # fmt: skip
     removed = specs.keys() - set(spelled.values())
     return DeltaOutline(
