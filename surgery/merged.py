@@ -168,7 +168,7 @@ class Merged:
             raise error.at(file=self._labels[0] if self._labels else None) from None
         with self._counting:
             self._made += stop - start
-            if self._made == self.spec.numel:
+            if self._made >= self.spec.numel:
                 self._kernel.forget()
 
     def _sample(self) -> None:
