@@ -85,6 +85,9 @@ def test_it_merges_like_an_adapter_at_any_coefficient_and_on_its_base_only(pair,
         assert (moved - coeff * (tuned[name] - base[name])).norm() < 0.01 * moved.norm()
     with pytest.raises(MismatchError):
         surgery.merge(pair / "ft", path).save(tmp_path / "twice")
+    surgery.merge(pair / "base", path).save(tmp_path / "in")
+    surgery.unmerge(tmp_path / "in", path).save(tmp_path / "out")
+    assert torch.equal(load_torch(tmp_path / "out" / "model.safetensors")[name], base[name])
     assert surgery.verify(path).label == "task.lossy.safetensors"
 
 

@@ -41,7 +41,7 @@ CODES = zstandard.ZstdCompressionParameters(
 """Of zstd, for codes: they have no repetitions but runs of zeros, and looking for others costs time and bytes."""
 SPARSE_SHARE = 1 / 8
 """Where more elements than this differ, positions are not tried."""
-POSITIONS_WORTH = 16
+POSITIONS_WORTH = 64
 """Bytes a block that positions may cost more than what is sorted: without the base they are undone, and joined to others."""
 
 _Bits = NDArray[Any]

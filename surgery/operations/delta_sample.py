@@ -15,13 +15,16 @@ SMALLEST, LARGEST_MATRIX = 1 << 14, 1 << 25
 """Elements of the matrices that are looked at: factors of small ones cost too much, large ones too much memory."""
 ABOVE_NOISE = 1.15
 """How far a singular value must stand out of what rounding makes by chance."""
+REST = 1.5
+"""How much more than rounding may be left beside the directions that stand out: of a dense change there is more."""
 
 
 def sampled_rank(base: LazyTensor, tuned: LazyTensor) -> int | None:
     """Count the directions that a part of ``FT − BASE`` moved along, beyond what rounding the fine-tune did.
 
     The fine-tune's rounding adds noise of variance ``u² / 12`` to an entry, ``u`` being the spacing of its dtype there: the
-    largest singular value of such a matrix is about ``σ (√m + √n)``.
+    largest singular value of such a matrix is about ``σ (√m + √n)``, and of what is left beside ``r`` directions that stand
+    out ``‖·‖²`` is about ``σ² (m − r)(n − r)``.
 
     Args:
         base: the base's tensor, readable at any element.
@@ -42,9 +45,11 @@ def sampled_rank(base: LazyTensor, tuned: LazyTensor) -> int | None:
     delta = after - _values(base, starts)
     if not np.isfinite(delta).all() or not delta.any():
         return None
-    noise = np.sqrt(np.mean(np.square(_spacing(after, spec))) / 12)
-    found = int((np.linalg.svd(delta, compute_uv=False) > ABOVE_NOISE * noise * 2 * np.sqrt(SIDE)).sum())
-    return found if 0 < found <= LARGEST else None
+    noise = float(np.mean(np.square(_spacing(after, spec)))) / 12
+    energies = np.square(np.linalg.svd(delta, compute_uv=False))
+    found = int((energies > ABOVE_NOISE**2 * noise * 4 * SIDE).sum())
+    few = 0 < found <= LARGEST and float(energies[found:].sum()) <= REST * noise * (SIDE - found) ** 2
+    return found if few else None
 
 
 def _values(tensor: LazyTensor, starts: list[int]) -> np.ndarray:

@@ -42,10 +42,10 @@ def squash_deltas(
         MismatchError: they do not follow each other, or ``base`` is another.
 
     >>> import numpy, surgery
-    >>> steps = [{"w": numpy.float32([1, 2, value])} for value in (3, 4, 5)]
+    >>> steps = [{"w": numpy.float32([0] * 999 + [value])} for value in (3, 4, 5)]
     >>> one, two = (surgery.extract_delta(old, new) for old, new in zip(steps, steps[1:]))
-    >>> surgery.merge(steps[0], squash_deltas(one, two))["w"].tolist()
-    [1.0, 2.0, 5.0]
+    >>> surgery.merge(steps[0], squash_deltas(one, two))["w"][-1].item()
+    5.0
     """
     deltas = [open_delta(source) for source in sources]
     if len(deltas) < 2:

@@ -16,6 +16,7 @@ from surgery.delta import Applied, Dense, ExpertsLowRank, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError
 from surgery.history import History, history_of
 from surgery.kept import KEPT_FILE, UNDO_FILE
+from surgery.lossy import is_lossy, open_lossy
 from surgery.operations.merge_adapters import resized_config
 from surgery.operations.unmerge_exact import ExactWork, is_undoable, refuse_order
 from surgery.report import join_shown
@@ -68,7 +69,10 @@ def unmerge(
         raise UsageError("a coefficient is not a finite number")
     if not adapters:
         raise UsageError("nothing to unmerge: name an adapter after the checkpoint")
-    checkpoint, left = open_checkpoint(merged), [open_adapter(adapter) for adapter in adapters]
+    checkpoint, left = (
+        open_checkpoint(merged),
+        [open_lossy(adapter) if is_lossy(adapter) else open_adapter(adapter) for adapter in adapters],
+    )
     while left:
         history = history_of(checkpoint)
         places = [_find(checkpoint, adapter, history) for adapter in left]
