@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -254,3 +258,26 @@ def test_announcing_twice_fetches_once(pair):
             for name in names:
                 checkpoint[name]
     assert len(seen) == len(names)
+
+
+def test_an_interrupt_does_not_wait_for_the_hub(pair, tmp_path):
+    """A thread that waits for bytes lets go at once, although its server may go on saying nothing for minutes."""
+    environment = {**pair.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
+    stalled = pair.fault("stall", "GET /[0-9a-f]{64}.*", at=4, times=None)
+    arguments = ["extract-lora", "hf://t/base", "hf://t/ft", "--rank", "1", "--target", "*attn*", "-o", "out"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "surgery", *arguments], cwd=tmp_path, env={**environment, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            until = time.monotonic() + 60
+            while not stalled.met and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("surgery: error: interrupted")
+    assert not (tmp_path / "out").exists()

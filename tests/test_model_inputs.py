@@ -13,6 +13,8 @@ import surgery
 from fixtures import generate
 from surgery.cli.main import main
 from surgery.errors import MismatchError, SurgeryError, UnsupportedError, UsageError
+from surgery.lossy import open_lossy
+from surgery.operations.extract_lossy import extract_lossy
 from surgery.operations.recipe import merge_recipe
 
 SHAPE = generate.SIZES["tiny"]
@@ -70,6 +72,18 @@ def test_in_a_recipe_a_delta_is_the_fine_tune_that_it_was_made_from(world, tmp_p
 def test_in_a_recipe_an_adapter_alone_is_the_base_with_it():
     text = "{{models: [{{model: ft}}, {{model: {0}}}], merge_method: task_arithmetic, base_model: base}}"
     assert contents(recipe(text.format("style"))) == contents(recipe(text.format("base+style")))
+
+
+def test_a_lossy_delta_is_the_adapter_that_it_codes(tmp_path):
+    path = tmp_path / "task.lossy.safetensors"
+    extract_lossy("base", "ft", bits="int8", rank=4).save(path)
+    wanted = contents(surgery.merge("base", open_lossy(path), "ft", algorithm="task_arithmetic", coeff=0.5))
+    assert contents(surgery.merge("base", path, "ft", algorithm="task_arithmetic", coeff=0.5)) == wanted
+    text = "{{models: [{{model: {0}}}, {{model: ft}}], parameters: {{weight: 0.5}}, merge_method: task_arithmetic, base_model: base}}"
+    for spelling in (path, f"base+{path}"):
+        assert contents(recipe(text.format(spelling))) == wanted
+    with pytest.raises(UsageError, match="is a lossy delta, which is a model only together with its base"):
+        surgery.merge("base", path, algorithm="linear")
 
 
 def test_a_slice_of_a_delta_is_proved_layer_by_layer(tmp_path):

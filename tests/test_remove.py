@@ -118,7 +118,9 @@ def test_what_adapterhub_puts_into_a_model_is_taken_out():
     base = build("bert").state_dict()
     extra = {name: torch.ones(shape) for name, shape in HUB.items()}
     copy = {"bert.prompt_tuning.base_model_embeddings.weight": base["bert.embeddings.word_embeddings.weight"].clone()}
-    assert equal(surgery.remove({**base, **extra, **copy}), base)
+    removed = surgery.remove({**base, **extra, **copy})
+    assert equal(removed, base)
+    assert set(removed.methods) == {"bottleneck", "AdapterHub's other methods", "AdapterHub's heads"}
     copy["bert.prompt_tuning.base_model_embeddings.weight"][3, 3] += 1
     with pytest.raises(MismatchError, match="is no copy of an embedding"):
         surgery.remove({**base, **extra, **copy})
@@ -284,7 +286,9 @@ def test_bottlenecks_do_not_tell_their_activation_so_the_method_is_asked_for(fol
 
 def test_a_refusal_leaves_nothing_behind(folder, tmp_path, capsys):
     whole_folder("lora", folder, tmp_path / "whole")
-    for arguments in (["--keep-to", str(tmp_path / "kept")], ["-p", "alpha=6"]):
+    for arguments in (
+        ["--keep-to", str(tmp_path / "kept")], ["-p", "alpha=6"], ["--keep-to", str(tmp_path / "base"), "-p", "alpha=6"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(["remove", str(tmp_path / "whole"), "-o", str(tmp_path / "base"), *arguments])
         assert stop.value.code == UsageError.exit_code

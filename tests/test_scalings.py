@@ -72,18 +72,20 @@ def test_two_adapters_add_up(folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["ia3", "ln-tuning"])
-def test_the_base_brings_a_merged_one_back_and_subtraction_only_what_was_kept(method, folder, tmp_path):
+def test_a_merged_one_comes_out_to_the_bit(method, folder, tmp_path):
     base = saved("llama", folder)
     adapter = trained("llama", method, folder, tmp_path / "adapter")
     surgery.merge(base, adapter).save(tmp_path / "merged")
-    restored = surgery.unmerge(tmp_path / "merged", adapter, base=base)
-    assert all(torch.equal(value, build("llama").state_dict()[name]) for name, value in restored.items())
-    if method == "ia3":
-        with pytest.raises(MismatchError, match="cannot be subtracted; pass --base"):
-            surgery.unmerge(tmp_path / "merged", adapter)
-    else:
-        again = surgery.unmerge(tmp_path / "merged", adapter)
-        assert all(torch.equal(value, build("llama").state_dict()[name]) for name, value in again.items())
+    for given in (None, base):
+        restored = surgery.unmerge(tmp_path / "merged", adapter, base=given)
+        assert all(torch.equal(value, build("llama").state_dict()[name]) for name, value in restored.items())
+
+
+def test_without_what_merge_keeps_only_the_base_brings_scaled_weights_back(folder, tmp_path):
+    adapter = trained("llama", "ia3", folder, tmp_path / "adapter")
+    surgery.merge(saved("llama", folder), adapter, undo=False).save(tmp_path / "merged")
+    with pytest.raises(MismatchError, match="cannot be subtracted; pass --base"):
+        surgery.unmerge(tmp_path / "merged", adapter)
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

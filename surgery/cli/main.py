@@ -137,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     gc.set_threshold(100_000, 50, 50)
     signal.signal(signal.SIGTERM, _terminate)
     _interrupts.clear()
+    _give_up_waiting(now=False)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has us ignore it
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -195,8 +196,17 @@ _interrupts: list[int] = []
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupts.append(number)
+    _give_up_waiting(now=True)
     signal.default_int_handler(number, frame)
 
 
+def _give_up_waiting(*, now: bool) -> None:
+    """Tell threads that wait for the Hub, if there can be any: without the Hub its room is never imported."""
+    room = sys.modules.get("surgery.sources.remote")
+    if room is not None:
+        room.give_up(now=now)
+
+
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    _give_up_waiting(now=True)
     sys.exit(TERMINATED)  # unwinds, so that the staging folder is cleared away

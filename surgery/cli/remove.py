@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from surgery.cli import options, terminal
@@ -48,6 +50,8 @@ def command(
     if keep_to is None and (adapter or adapter_config or method or settings):
         raise UsageError("--adapter, --adapter-config, --method and -p are for what is kept", mend="--keep-to FOLDER")
     if keep_to is not None:
+        if os.path.abspath(keep_to) == os.path.abspath(out):
+            raise UsageError("--keep-to and -o are one place", file=out)
         document = strict_object(local.read_small(local.resolve(adapter_config))) if adapter_config else None
         kept = removed.keep(adapter=adapter, method=method, document=document, **options.parsed_settings(settings))
         if not dry_run:  # refused before anything is written, and so is the other output

@@ -152,12 +152,12 @@ class _Rules:
         if found := _SAVED.fullmatch(bare):
             own = f"{found['module']}.{found['rest']}"
             return Taken(name, "saved", found["adapter"] or "", f"{self._prefix}{own}", own)
-        if found := _PART.fullmatch(bare):
-            return _peft_part(name, found)
         if found := _BOTTLENECK.match(bare):
             return Taken(name, "bottleneck", found["adapter"], bare)
         if found := _HUB.match(bare):
             return Taken(name, "AdapterHub's other methods", found["adapter"] or found["lora"])
+        if found := _PART.fullmatch(bare):
+            return _peft_part(name, found)
         if self._hub and (found := _HUB_HEAD.match(bare)):
             return Taken(name, "AdapterHub's heads", found["adapter"])
         if bare == "prompt_embeddings":

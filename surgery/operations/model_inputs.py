@@ -14,6 +14,7 @@ from surgery.adapter import Adapter, bind, is_adapter, open_adapter
 from surgery.checkpoint import Checkpoint, Origin, require_arithmetic, work_of
 from surgery.exact import Delta, is_delta, open_delta
 from surgery.history import history_of
+from surgery.lossy import is_lossy, open_lossy
 from surgery.names import align
 from surgery.operations.merge_adapters import Work, resized_config
 from surgery.operations.merge_delta import merge_delta
@@ -24,13 +25,13 @@ Change = str | os.PathLike[str] | Adapter | Delta
 
 
 def is_change(source: object) -> TypeGuard[Change]:
-    """Say whether ``source`` is an adapter or an exact delta."""
-    return is_adapter(source) or is_delta(source)
+    """Say whether ``source`` is an adapter, an exact delta, or a lossy one, which is an adapter in another coding."""
+    return is_adapter(source) or is_delta(source) or is_lossy(source)
 
 
 def kind_of(change: Change) -> str:
-    """Name it for people: ``an exact delta`` or ``an adapter``."""
-    return "an exact delta" if is_delta(change) else "an adapter"
+    """Name it for people: ``an exact delta``, ``a lossy delta`` or ``an adapter``."""
+    return "an exact delta" if is_delta(change) else "a lossy delta" if is_lossy(change) else "an adapter"
 
 
 def with_change(base: Checkpoint, change: Change, **options: Any) -> Checkpoint:
@@ -49,7 +50,7 @@ def with_change(base: Checkpoint, change: Change, **options: Any) -> Checkpoint:
     """
     if not is_delta(change):
         assert not isinstance(change, Delta)  # says is_delta
-        return as_model(base, open_adapter(change), **options)
+        return as_model(base, open_lossy(change) if is_lossy(change) else open_adapter(change), **options)
     delta = open_delta(change)
     restored = merge_delta(base, delta)
     restored.label = delta.label

@@ -31,6 +31,19 @@ NEARLY_ALL = 0.9
 """The share of a file from which on it is downloaded whole, into the cache."""
 
 
+_GIVEN_UP = threading.Event()
+_GLANCE = 0.2
+"""Seconds between two looks at whether the program was interrupted."""
+
+
+def give_up(*, now: bool = True) -> None:
+    """Let everybody go who waits for bytes, because the program was interrupted; with ``now=False``, let them wait again.
+
+    Threads that wait would hold up the program, which waits for its threads.
+    """
+    _GIVEN_UP.set() if now else _GIVEN_UP.clear()
+
+
 @dataclass(eq=False)
 class _Run:
     """Bytes that one request fetches, and how far it is."""
@@ -87,6 +100,8 @@ class RemoteFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read exactly ``length`` bytes at ``offset``, with a request of their own: headers, above all."""
+        if self._whole is not None:
+            return self._whole.read(offset, length)
         return self._reader.read(offset, offset + length)
 
     def expect(self, ranges: Iterable[Range]) -> None:
@@ -120,7 +135,7 @@ class RemoteFile:
         own: _Run | None = None
         with self._changed:
             while self._whole is None:
-                if self._closed:
+                if self._closed or _GIVEN_UP.is_set():
                     raise HubError("was closed while it was read", file=self._reader.what)
                 run = self._whole_run or self._run_of(offset, stop)
                 if run is None:
@@ -132,7 +147,7 @@ class RemoteFile:
                     raise run.error
                 if run is not self._whole_run and run.place >= stop:
                     break
-                self._changed.wait()
+                self._changed.wait(_GLANCE)
         if own is not None:
             self._take(own)
             if own.error is not None:
@@ -154,7 +169,7 @@ class RemoteFile:
         """Fetch a run into the temporary file."""
         with self._ending(run):
             for piece in self._reader.stream(run.place, run.stop):
-                if self._closed:
+                if self._closed or _GIVEN_UP.is_set():
                     return
                 _write_all(self._descriptor(), run.place, piece)
                 with self._changed:
