@@ -100,7 +100,7 @@ def working_bytes(shape: tuple[int, int], rank: int) -> int:
     The basis of a search, its images on both sides, the factors in float64, the Gram matrix in float64 with LAPACK's
     workspace, and widened rows.
 
-    >>> working_bytes((1536, 8960), 32) < 1536 * 8960 * 4 * 3
+    >>> working_bytes((1536, 8960), 32) < 1536 * 8960 * 4 * 4
     True
     """
     short, long = sorted(shape)
