@@ -8,7 +8,7 @@
 #   make test-hub                       read the Hub through olah, which gets an environment of its own, and compare
 #   make oracle                         ask mergekit again, in an environment of its own, and compare
 #   make adapterhub                     bottlenecks that surgery writes, with AdapterHub's own loader as judge
-#   make eval-methods                   train what surgery add writes, about 20 minutes: docs/eval-methods.md
+#   make eval-methods                   train what surgery add writes, for minutes: docs/eval-methods.md
 #
 # TORCH_INDEX=URL takes torch from another package index, for a build without CUDA on Linux.
 # MERGEKIT=PYTHON uses an environment with mergekit 0.1.5 that is there already.

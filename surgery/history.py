@@ -144,11 +144,11 @@ def history_of(checkpoint: Checkpoint) -> History:
     return history
 
 
-def weight_headers(stored: StoredWeights) -> dict[str, tuple[int, str]]:
-    """Map weight files to their sizes and the digests of their headers."""
+def weight_headers(stored: StoredWeights, *, fetch: bool = False) -> dict[str, tuple[int, str]]:
+    """Map weight files to their sizes and the digests of their headers; with ``fetch``, those on the Hub too."""
     found = {}
     for name, file in zip(dict.fromkeys(stored.shards.values()), stored.files, strict=False):
-        if not isinstance(file, OpenFile):
+        if not fetch and not isinstance(file, OpenFile):
             continue  # elsewhere: its header came over a connection that has checks of its own
         length = 8 + int.from_bytes(file.read(0, min(8, file.size)), "little")
         found[name] = file.size, provenance.digest_of(file.read(0, min(length, file.size)))

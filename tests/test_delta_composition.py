@@ -211,7 +211,11 @@ def test_the_commands_chain_squash_and_switch(store, tmp_path, capsys):
     assert code == 0
     same_weights(tmp_path / "back", store / "base")
     squashed = tmp_path / "both.delta"
-    code, said = run(capsys, "delta", "squash", store / "one.delta", store / "then.delta", "-o", squashed)
+    chain = ("delta", "squash", store / "one.delta", store / "then.delta", "-o", squashed)
+    code, said = run(capsys, *chain, "--dry-run", "--json")
+    [entry] = json.loads(said.out)["deltas"]
+    assert (code, entry["compared"], entry["whole"], squashed.exists()) == (0, 5, 0, False)
+    code, said = run(capsys, *chain)
     assert (code, "bits a weight" in said.out) == (0, True)  # each changes another matrix: no base is needed
     run(capsys, "merge", store / "base", squashed, "-o", tmp_path / "once")
     same_weights(tmp_path / "once", store / "then")

@@ -321,6 +321,10 @@ def test_verify_reads_the_hub(pair, tmp_path):
     pair.add("t/copy", {"model.safetensors": bytes(wrong)})
     reading.forget()
     assert run("verify", "hf://t/copy") == 10
+    pair.add("t/copy", tmp_path / "copy")
+    pair.add("t/copy", {"tokenizer.json": b"{}"})
+    reading.forget()
+    assert run("verify", "hf://t/copy") == 10  # a small file is fetched to be looked at, too
 
 
 def test_the_token_goes_to_the_hub_alone(pair, tmp_path):

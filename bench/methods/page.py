@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.methods.study import Result
 
+_SHOWN = "![Accuracy of every method, and its bytes](eval-methods.svg)"
 BEGIN, END = "<!-- begin: written by make eval-methods -->", "<!-- end -->"
 
 
@@ -48,7 +49,7 @@ def write(rows: Sequence[Row], notes: Sequence[str], folder: Path) -> None:
     page = folder / "eval-methods.md"
     before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    written = "\n".join(["", *table(rows), "", *notes, ""])
+    written = "\n".join([_SHOWN, "", *table(rows), "", *notes])
     page.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
     (folder / "eval-methods.svg").write_text(picture(rows))
 
@@ -88,7 +89,8 @@ LEFT, RIGHT, WIDTH, LINE, TOP = 270, 90, 760, 26, 46
 def picture(rows: Sequence[Row]) -> str:
     """Draw every row's mean, its spread between seeds, each seed, and its size."""
     reach = [value for row in rows for value in (*row.accuracies, row.mean - row.spread, row.mean + row.spread)]
-    low, high = int(min(reach)) // 2 * 2, -(-int(max(reach) + 1) // 2) * 2
+    step = 2 if max(reach) - min(reach) < 20 else 10
+    low, high = int(min(reach) // step) * step, -int(-max(reach) // step) * step
     bottom = TOP + LINE * len(rows)
 
     def across(value: float) -> float:
@@ -101,7 +103,7 @@ def picture(rows: Sequence[Row]) -> str:
         _text(LEFT, 20, "test accuracy, %: three seeds, mean and standard deviation", "start"),
         _text(WIDTH - 8, 20, "bytes a task", "end"),
     ]
-    for value in range(low, high + 1, 2):
+    for value in range(low, high + 1, step):
         x = across(value)
         parts.append(f'<path d="M{x:.1f} {TOP - 14}V{bottom - 8}" stroke="#ddd"/>')
         parts.append(_text(x, bottom + 10, str(value), "middle"))

@@ -1,11 +1,14 @@
-"""Which runs there are, each on one thread, each remembered in a file, so that a broken-off study goes on."""
+"""Which runs there are, each on one thread, each remembered in a file, so that a broken-off study goes on.
+
+What is remembered is known by its name alone: after a change to the task or the training, remove the work folder.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -94,6 +97,12 @@ class Study:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(result)))
 
+    def once(self, key: str, measure: Callable[[], Result]) -> Result:
+        """Find a result, or measure and keep it."""
+        result = self.remembered(key) or measure()
+        self.remember(key, result)
+        return result
+
 
 def prepare(study: Study, seed: int) -> None:
     """Write what is trained from: a head for the base, the model with that head, and every method added to it."""
@@ -176,13 +185,9 @@ def extractions(study: Study, rate: float, seeds: Sequence[int] = SEEDS) -> dict
     for seed in seeds:
         tuned = study.trained(Trial("full", seed, rate))
         for rank in RANKS:
-            key = f"extracted-{seed}-{rate:g}-r{rank}"
-            result = study.remembered(key) or _extracted(study, seed, tuned, rank)
-            study.remember(key, result)
+            result = study.once(f"{tuned.name}-r{rank}", functools.partial(_extracted, study, seed, tuned, rank))
             rows.setdefault(f"extracted LoRA, rank {rank}", []).append(result)
-        key = f"delta-{seed}-{rate:g}"
-        result = study.remembered(key) or _delta(study, seed, tuned)
-        study.remember(key, result)
+        result = study.once(f"{tuned.name}-delta", functools.partial(_delta, study, seed, tuned))
         rows.setdefault("extracted exact delta", []).append(result)
     return rows
 

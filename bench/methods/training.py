@@ -27,7 +27,8 @@ def train(model: torch.nn.Module, examples: Sequence[Example], rate: float, seed
     """Train with AdamW, a linear warm-up and decay, and return the processor seconds that it took."""
     began = time.process_time()
     torch.manual_seed(seed)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     steps = EPOCHS * -(-len(examples) // BATCH)
     rising = WARM_UP * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -7,8 +7,9 @@ import time
 import click
 
 from surgery.cli import options, terminal
-from surgery.cli.extract_delta import show
+from surgery.cli.extract_delta import show, show_outlines
 from surgery.cli.writing import write
+from surgery.operations.delta_outline import outline_squash
 
 
 @click.group("delta", short_help="Squash a chain of exact deltas, or switch between the fine-tunes of two.")
@@ -32,11 +33,12 @@ def command() -> None:
 @click.option("-o", "--output", "out", type=click.Path(), required=True, help="The delta's file.")
 @options.jobs
 @options.overwrite
+@options.dry_run
 @options.progress
 @options.common
 def squash_command(
     deltas: tuple[str, ...], base: str | None, reversible: bool, out: str, jobs: int | None, overwrite: bool,
-    progress: str, as_json: bool, quiet: bool,
+    dry_run: bool, progress: str, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Make one delta of a chain, each DELTA of which was made with what the one before restores.
 
@@ -51,6 +53,9 @@ def squash_command(
     from surgery.operations.delta_squash import squash_deltas
 
     opened = [open_delta(path) for path in deltas]
+    if dry_run:
+        show_outlines({opened[-1].manifest.task.name: outline_squash(opened, base)}, "delta-squash", as_json=as_json)
+        return
     inputs = [stored.path for delta in opened for stored in delta.stored]
     delta_output(out, overwrite=overwrite, inputs=inputs)
     began = time.monotonic()

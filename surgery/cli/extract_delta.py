@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -13,6 +13,7 @@ from surgery.cli import options, terminal
 from surgery.errors import printable
 from surgery.exact import SUFFIX, Delta
 from surgery.execute import Progress
+from surgery.operations.delta_outline import DeltaOutline, outline_delta
 from surgery.operations.delta_report import describe
 from surgery.report import Table
 from surgery.sources.local import stem_of
@@ -64,7 +65,8 @@ def command(
     if dry_run:
         if lossy:
             raise click.UsageError("--lossy has no --dry-run: surgery extract-lora has one")
-        _outline(base, tuned, options["reversible"], options["rename"], as_json=as_json)
+        told = {"reversible": options["reversible"], "rename": options["rename"]}
+        show_outlines({each: outline_delta(base, each, **told) for each in tuned}, "extract-delta", as_json=as_json)
         return
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
     if lossy is None and rank is not None:
@@ -92,14 +94,11 @@ def command(
     show(delta, out, time.monotonic() - began, "extract-delta", as_json=as_json, quiet=quiet)
 
 
-def _outline(base: str, tuned: Sequence[str], reversible: bool, rename: Sequence[str], *, as_json: bool) -> None:
-    """Print what would be done, a line or an entry a fine-tune."""
-    from surgery.operations.delta_outline import outline_delta
-
-    found = {each: outline_delta(base, each, reversible=reversible, rename=rename) for each in tuned}
+def show_outlines(found: Mapping[str, DeltaOutline], verb: str, *, as_json: bool) -> None:
+    """Print what would be done, a line or an entry a delta."""
     if as_json:
         deltas = [{"tuned": each, **dataclasses.asdict(outline)} for each, outline in found.items()]
-        terminal.document({"schema": "surgery.plan/1", "operation": "extract-delta", "deltas": deltas})
+        terminal.document({"schema": "surgery.plan/1", "operation": verb, "deltas": deltas})
         return
     rows = tuple(
         (printable(each), f"{o.compared:,}", f"{o.whole:,}", f"{o.removed:,}", human_bytes(o.bytes_read),

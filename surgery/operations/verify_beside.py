@@ -65,7 +65,7 @@ def _check_files(folder: Path, stored: StoredWeights, recorded: Mapping[str, Any
     """Hold small files against their digests, and weight files' headers, unless these are other files than were written."""
     weights = {name for name, entry in recorded.items() if "header" in entry}
     own = weights == set(stored.shards.values())
-    headers = weight_headers(stored)
+    headers = weight_headers(stored, fetch=True)
     absent, checked = [], 0
     for name, entry in recorded.items():
         if not own and (name in weights or name.endswith(".index.json")):
@@ -73,8 +73,9 @@ def _check_files(folder: Path, stored: StoredWeights, recorded: Mapping[str, Any
         path = folder / name
         if name in headers:
             size, found = headers[name]
-        elif path.is_file():
-            size, found = path.stat().st_size, provenance.digest_of(path.read_bytes())
+        elif folders.exists(path):
+            data = folders.here(path).read_bytes()
+            size, found = len(data), provenance.digest_of(data)
         else:
             absent.append(name)
             continue

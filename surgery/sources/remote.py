@@ -100,6 +100,8 @@ class RemoteFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read exactly ``length`` bytes at ``offset``, with a request of their own: headers, above all."""
+        if self._whole is not None:
+            return self._whole.read(offset, length)
         return self._reader.read(offset, offset + length)
 
     def expect(self, ranges: Iterable[Range]) -> None:
