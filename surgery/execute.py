@@ -335,6 +335,7 @@ def publish(
             _refuse_unfinished(plan, publication)
         sizes = sum(len(data) for data in (files or {}).values()) + extra
         ready = sum(file.size for file in plan.files if file.name in publication.finished)
+        sizes += companion.allowance() if companion is not None and not single else 0
         publication.check_space(
             plan.bytes_written - ready + sizes + sum(path.stat().st_size for path in (copies or {}).values())
         )

@@ -27,6 +27,10 @@ class Companion(Protocol):
         """Take over what an earlier run packed."""
         ...
 
+    def allowance(self) -> int:
+        """Estimate the bytes of :meth:`records`, which are known only once all is written."""
+        ...
+
     def records(self, fingerprints: Mapping[str, str]) -> Mapping[str, LazyTensor]:
         """Return what belongs into the undo container, once all is written and has these fingerprints."""
         ...

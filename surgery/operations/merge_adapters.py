@@ -239,6 +239,10 @@ class Witnessed:
         """Take over what an earlier run noted."""
         self.ledger.unpack(data)
 
+    def allowance(self) -> int:
+        """Count 2 % of what is merged, which records of usual deltas stay below, and 1 kB a record."""
+        return sum(self.work.base.tensors[name].spec.nbytes // 50 + 1000 for name in self.ledger.undoable)
+
     def records(self, fingerprints: Mapping[str, str]) -> dict[str, LazyTensor]:
         """Compose the undo records, named by step and weight."""
         step = self.work.history.next_step
