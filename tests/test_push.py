@@ -179,6 +179,7 @@ def test_no_path_of_this_machine_travels(loopback, pair, tmp_path):
         assert b"/home/me" not in content
         assert str(tmp_path).encode() not in content, name
     assert "- model: base" in loopback.read("t/merged", "README.md").decode()
+    surgery.verify("hf://t/merged")  # the shortened record is sealed anew
 
 
 def test_an_adapter_whose_base_is_a_folder_needs_its_id(loopback, pair, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import options, terminal
+from surgery.cli import options, pushing, terminal
 from surgery.errors import printable
 from surgery.exact import SUFFIX, Delta
 from surgery.execute import Progress
@@ -41,6 +41,7 @@ from surgery.tensor import human_bytes
 @options.jobs
 @options.overwrite
 @options.dry_run
+@options.push_to
 @options.progress
 @options.no_cache
 @options.common
@@ -74,10 +75,14 @@ def command(
     if lossy is not None:
         if len(tuned) > 1 or options.pop("reversible"):
             raise click.UsageError("--lossy is for one FT, and never reversible")
+        if pushing.look() is not None:
+            raise click.UsageError("--push-to takes exact deltas")
         found = {"bits": lossy, "rank": rank or 64, "progress": watcher, **options}
         _extract_lossy(base, tuned[0], out, overwrite, as_json, quiet, found)
         return
     if len(tuned) > 1:
+        if pushing.look() is not None:
+            raise click.UsageError("--push-to takes one delta; push them one by one")
         if out is None:
             raise click.UsageError("several fine-tunes need a folder for their deltas: -o DIR")
         _extract_many(base, tuned, out, overwrite, as_json, quiet, watcher, options)
@@ -88,10 +93,13 @@ def command(
     out = out or f"./{stem_of(tuned[0])}{SUFFIX}"
     pair = open_checkpoint(base), open_checkpoint(tuned[0])
     check_output(out, pair, overwrite=overwrite)
+    to = pushing.look()
     began = time.monotonic()
     delta = extract_delta(*pair, progress=watcher, **options)
     delta.save(out, overwrite=overwrite)
-    show(delta, out, time.monotonic() - began, "extract-delta", as_json=as_json, quiet=quiet)
+    seconds = time.monotonic() - began
+    pushed = pushing.push(out, to, quiet=quiet or as_json, progress=progress)
+    show(delta, out, seconds, "extract-delta", as_json=as_json, quiet=quiet, pushed=pushed)
 
 
 def show_outlines(found: Mapping[str, DeltaOutline], verb: str, *, as_json: bool) -> None:
@@ -109,19 +117,23 @@ def show_outlines(found: Mapping[str, DeltaOutline], verb: str, *, as_json: bool
     terminal.table(Table("What would be done", columns, rows))
 
 
-def show(delta: Delta, out: str, seconds: float, verb: str, *, as_json: bool, quiet: bool) -> None:
+def show(
+    delta: Delta, out: str, seconds: float, verb: str, *, as_json: bool, quiet: bool, pushed: str | None = None
+) -> None:
     """Say what a delta that was just written holds."""
     info = describe(delta)
     if as_json:
         document = {**info.document(), "schema": f"surgery.{verb}/1", "out": out, "seconds": round(seconds, 3)}
-        terminal.document(document)
+        terminal.document({**document, **({"pushed": pushed} if pushed else {})})
     elif quiet:
-        click.echo(printable(out))
+        click.echo(printable(pushed or out))
     else:
         terminal.table(info.by_role())
         click.echo()
         size = f"{human_bytes(delta.nbytes)}, {info.bits:.3g} bits a weight"
         click.echo(f"wrote {printable(out)} ({size}) in {seconds:.1f} s")
+        if pushed:
+            click.echo(f"pushed to {printable(pushed)}")
         terminal.notes(info.notes)
 
 

@@ -142,7 +142,8 @@ def _shortened(record: dict[str, Any] | None) -> dict[str, Any] | None:
     """Take the folders out of a record's paths."""
     if record is None:
         return None
-    return {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
+    shortened = {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
+    return shortened if shortened == record else provenance.sealed(shortened)
 
 
 def _delta(path: Path) -> Contents:
