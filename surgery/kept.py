@@ -56,6 +56,10 @@ def tensors_last(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in document.items() if key != "tensors"}, "tensors": document["tensors"]}
 
 
+CARD = "README.md"
+"""What people write into: no digest of it is kept."""
+
+
 def digests_beside(plan: Plan, staging: Path) -> dict[str, dict[str, Any]]:
     """Digest all that no fingerprint covers: small files whole, weight files' headers.
 
@@ -68,6 +72,6 @@ def digests_beside(plan: Plan, staging: Path) -> dict[str, dict[str, Any]]:
     }
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
-        if name not in found and path.is_file() and not name.startswith("."):
+        if name not in found and path.is_file() and not name.startswith(".") and name != CARD:
             found[name] = {"bytes": path.stat().st_size, "digest": digest_of(path.read_bytes())}
     return dict(sorted(found.items()))

@@ -223,14 +223,13 @@ def test_a_link_that_leads_outside_is_refused(loopback, adapter, tmp_path):
 
 
 def test_what_an_unmerge_needs_stays_here_unless_asked_for(loopback, pair, adapter, tmp_path):
-    base = tmp_path / "with-bias"
-    base.mkdir()
-    (adapter / ".surgery").mkdir()
-    (adapter / ".surgery" / "originals").write_bytes(b"x")
-    surgery.push(adapter, "t/adapter")
-    assert ".surgery/originals" not in names_on(loopback)
-    surgery.push(adapter, "t/adapter", include_undo=True)
-    assert ".surgery/originals" in names_on(loopback)
+    surgery.merge(pair[0], adapter).save(tmp_path / "merged")
+    assert (tmp_path / "merged" / ".surgery" / "undo").exists()
+    surgery.push(tmp_path / "merged", "t/merged", base_id="t/base")
+    assert ".surgery/undo" not in names_on(loopback, "t/merged")
+    surgery.push(tmp_path / "merged", "t/merged", base_id="t/base", include_undo=True)
+    undo = loopback.read("t/merged", ".surgery/undo")
+    assert undo == (tmp_path / "merged" / ".surgery" / "undo").read_bytes()
 
 
 def test_a_damaged_folder_is_found_before_anything_travels(loopback, adapter):

@@ -50,16 +50,17 @@ class Contents:
             UnsafeError: a secret, or a path of this machine.
             UsageError: an adapter's base has no id.
         """
+        rewritten = {name: self._rewritten(name, path, base_ids) for name, path in self.files.items()}
+        changed = {name: data for name, data in rewritten.items() if data is not None}
+        if self.record is not None and provenance.RECORD in self.files:
+            changed[provenance.RECORD] = provenance.encode(_told_of(changed, self.record))
         for name, path in sorted(self.files.items()):
-            changed = self._rewritten(name, path, base_ids)
             if name.endswith(hub_files.SCANNED):
-                data = _small(path, name) if changed is None else changed
-                hub_files.refuse_secrets(name, data.decode("utf-8", "replace"), os.path.expanduser("~"))
-            yield File(name, path if changed is None else changed)
+                text = changed[name] if name in changed else _small(path, name)
+                hub_files.refuse_secrets(name, text.decode("utf-8", "replace"), os.path.expanduser("~"))
+            yield File(name, changed.get(name, path))
 
     def _rewritten(self, name: str, path: Path, base_ids: Sequence[str]) -> bytes | None:
-        if name == provenance.RECORD and self.record is not None:
-            return provenance.encode(self.record)
         if name not in _REWRITTEN:
             return None
         changes = {}
@@ -144,6 +145,20 @@ def _shortened(record: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     shortened = {**hub_files.without_paths({**record, "tensors": None}), "tensors": record["tensors"]}
     return shortened if shortened == record else provenance.sealed(shortened)
+
+
+def _told_of(changed: Mapping[str, bytes], record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put the digests of files that are sent otherwise than they lie here into their record."""
+    known = record.get("files", {})
+    found = {
+        name: {"bytes": len(data), "digest": provenance.digest_of(data)}
+        for name, data in changed.items()
+        if name in known
+    }
+    if not found:
+        return record
+    tensors = record["tensors"]
+    return provenance.sealed({**record, "files": {**known, **found}, "tensors": tensors})
 
 
 def _delta(path: Path) -> Contents:
