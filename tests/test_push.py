@@ -473,3 +473,49 @@ def test_a_card_without_metadata_gains_it_and_keeps_its_words():
 def test_huggingface_hub_is_imported_only_for_the_hub():
     code = "import sys, surgery.cli.push, surgery.cli.merge, surgery.operations.card; print('huggingface_hub' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"
+
+
+def test_an_adapter_extracted_from_the_hub_is_loaded_from_the_hub_by_peft(loopback, tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.add_(0.02 * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1]))
+    model.save_pretrained(tmp_path / "ft")
+    for name in ("base", "ft"):
+        loopback.add(f"t/{name}", tmp_path / name, private=True)
+    made = run(
+        loopback,
+        "extract-lora",
+        "hf://t/base",
+        "hf://t/ft",
+        "--rank",
+        "8",
+        "-o",
+        tmp_path / "a",
+        "--push-to",
+        "t/adapter",
+    )
+    assert made.returncode == 0, made.stderr
+    ModelCard(loopback.read("t/adapter", "README.md").decode()).validate()
+    # A process of its own: PEFT keeps the endpoint that it found when it was imported.
+    code = f"""
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("t/base"), "t/adapter").merge_and_unload()
+with torch.no_grad():
+    torch.save(loaded(torch.arange(16)[None]).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], env=loopback.environment, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.allclose(torch.load(tmp_path / "logits.pt"), model(torch.arange(16)[None]).logits, atol=1e-4)
