@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "merged"),
     ("sources",),
     ("provenance", "journal", "plan", "kept", "writer", "execute"),
-    ("checkpoint", "history", "adapter", "lossy", "exact", "rounding", "undo"),
+    ("checkpoint", "history", "adapter", "binding", "lossy", "exact", "rounding", "undo"),
     ("operations",),
     ("cli",),
 )

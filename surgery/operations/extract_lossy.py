@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from surgery import execute, numerics, provenance
-from surgery.adapter import Adapter, bind
+from surgery.adapter import Adapter
+from surgery.binding import bind
 from surgery.checkpoint import Checkpoint, Source, default_jobs, open_checkpoint
 from surgery.delta import Applied
 from surgery.errors import UsageError

@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Mapping
 
-from surgery.adapter import Adapter, bind, is_adapter, open_adapter
+from surgery.adapter import Adapter, is_adapter, open_adapter
 from surgery.algorithms.registry import PAPER, Algorithm, find
+from surgery.binding import bind
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, require_arithmetic, work_of
 from surgery.errors import UsageError
 from surgery.exact import Delta, is_delta

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from surgery import provenance, rounding
-from surgery.adapter import Adapter, Binding, expected_base
+from surgery.adapter import Adapter
+from surgery.binding import Binding, expected_base
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADDITIVE, Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from surgery import numerics, provenance
-from surgery.adapter import Adapter, bind, is_adapter, open_adapter
+from surgery.adapter import Adapter, is_adapter, open_adapter
+from surgery.binding import bind
 from surgery.checkpoint import Checkpoint, Origin, require_arithmetic, work_of
 from surgery.exact import Delta, is_delta, open_delta
 from surgery.history import history_of

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from surgery import provenance
-from surgery.adapter import Adapter, Binding, bind, expected_base, open_adapter
+from surgery.adapter import Adapter, open_adapter
+from surgery.binding import Binding, bind, expected_base
 from surgery.checkpoint import Checkpoint, Origin, Record, Source, open_checkpoint, require_arithmetic
 from surgery.delta import Applied, Dense, ExpertsLowRank, LowRank, Rows, Update
 from surgery.errors import MismatchError, UsageError

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery import provenance
-from surgery.adapter import Adapter, Binding
+from surgery.adapter import Adapter
+from surgery.binding import Binding
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADDITIVE, Update
 from surgery.errors import MismatchError, VerificationError
