@@ -22,6 +22,8 @@ from surgery.sources.hub_client import Deadline, check_name
 from surgery.sources.hub_repository import LARGE, File, Pushed, Repository, State
 from surgery.tensor import human_bytes
 
+LOOKING = 60.0
+"""Seconds that looking at a repository may take."""
 PATIENCE = 600.0
 """Seconds that a push may take, beside a second for every ``_SPEED`` bytes."""
 _SPEED = 1_000_000
@@ -155,7 +157,7 @@ def destination(
         UsageError: no repository id.
         HubError: offline, no token, no access, or the wrong visibility.
     """
-    deadline = Deadline(PATIENCE if timeout is None else timeout)
+    deadline = Deadline(LOOKING if timeout is None else timeout)
     repository = Repository(check_name(repo), revision, deadline=deadline, create_pr=create_pr)
     state = repository.look()
     if state.exists and state.private != private:
@@ -207,10 +209,13 @@ def plan_push(
     found = contents(path, include, include_undo=include_undo)
     if found.record is not None or found.kind == "model":
         verify(path)
-    if not isinstance(to, Destination):
-        to = destination(to, private=private, revision=revision, create_pr=create_pr)
+    if isinstance(to, Destination):
+        to.allow(0, timeout)
+    else:
+        to = destination(to, private=private, revision=revision, create_pr=create_pr, timeout=timeout)
     commit = plan_commit(found, to, message=message, base_id=base_id, licence=licence)
-    to.allow(commit.nbytes, timeout)
+    if timeout is None:
+        to.allow(commit.nbytes)
     return Push(to, commit)
 
 

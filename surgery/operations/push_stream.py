@@ -87,6 +87,7 @@ def push_stream(
     plan = checkpoint.plan(max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
     to.refuse_other_kind("model")
     largest = max(file.size for file in plan.files)
+    to.allow(0)
     parent = to.repository.prepare(to.state, private=to.private)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         streamed = Streamed(Path(folder), to, parent, largest, {"base_id": base_id, **options})
