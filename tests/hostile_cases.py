@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
+from surgery import provenance
 from surgery.cli.main import main
 
 Commands = list[list[str]]
@@ -1782,7 +1783,10 @@ def _(here: Path) -> Commands:
 def _(here: Path) -> Commands:
     _extracted(here)
     done("merge", "base-model", "own-lora", "-o", "merged-model")
-    _rewrite(here / "merged-model", lambda document: document["adapters"][0].update(name="\ud800"))
+    record = here / "merged-model" / "surgery.json"
+    document = json.loads(record.read_bytes())
+    document["adapters"][0].update(name="\ud800")
+    record.write_bytes(provenance.encode(provenance.sealed(document)))
     adapter(here / "style-lora")
     return [["merge", "merged-model", "style-lora", "-o", "out"], ["verify", "out"]]
 

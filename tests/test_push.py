@@ -415,7 +415,7 @@ def test_a_streamed_push_that_fails_commits_nothing(loopback, pair, tmp_path):
     [
         (["--stream"], "--stream says nothing without --push-to"),
         (["--stream", "--push-to", "t/m", "-o", "out"], "--stream writes nothing here: drop -o"),
-        (["--push-to", "t/m"], "no output is named: say -o FOLDER"),
+        (["--push-to", "t/m"], "no output is named: say -o/--output FOLDER"),
         (["-o", "out", "--public"], "--public says nothing without --push-to"),
     ],
 )

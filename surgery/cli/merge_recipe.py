@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from surgery.algorithms.registry import COMPAT
-from surgery.cli import mergekit_flags, options
+from surgery.cli import mergekit_flags, options, pushing
 from surgery.cli.writing import write
 from surgery.errors import UsageError
 from surgery.formats.tokenizer import FILE_STARTS
@@ -66,7 +66,7 @@ def command(
 
 def _target(*given: str | None) -> str:
     named = [path for path in given if path is not None]
-    if click.get_current_context().meta.get("surgery.stream"):
+    if pushing.streams():
         named.append("")  # it goes to the Hub as it is made
     if len(named) != 1:
         raise UsageError("the output is named twice" if named else "no output is named", mend="say -o FOLDER once")

@@ -90,8 +90,8 @@ def _require_output(ctx: click.Context, _param: click.Parameter, value: str | No
     streamed = ctx.meta.get("surgery.stream")
     if (value is None) != bool(streamed):
         what = "--stream writes nothing here" if streamed else "no output is named"
-        raise click.UsageError(f"{what}: {'drop' if streamed else 'say'} -o FOLDER", ctx)
-    return value or ""
+        raise click.UsageError(f"{what}: {'drop' if streamed else 'say'} -o/--output FOLDER", ctx)
+    return "" if value is None else value
 
 
 output = click.option("-o", "--output", "out", type=click.Path(), callback=_require_output,

@@ -48,6 +48,11 @@ def push(out: str, to: Destination | None, *, base_id: Sequence[str] = (), quiet
     return made.url
 
 
+def streams() -> bool:
+    """Say whether ``--stream`` was given: then nothing is written here."""
+    return bool(click.get_current_context().meta.get("surgery.stream"))
+
+
 def stream(checkpoint: Checkpoint, to: Destination | None, **how: Any) -> str:
     """Push a checkpoint as it is made, and return where it is."""
     from surgery.operations.push_stream import push_stream

@@ -33,13 +33,15 @@ def write(
     finish: bool = False,
 ) -> None:
     """Save a lazy checkpoint and report, or print its plan."""
-    plan = checkpoint.plan(out or None, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory)
+    plan = checkpoint.plan(
+        None if pushing.streams() else out, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory
+    )
     if dry_run:
         terminal.plan(plan, as_json=as_json, verb=verb, notes_=checkpoint.notes)
         return
     to = pushing.look()
     began = time.monotonic()
-    if not out:
+    if pushing.streams():
         done = pushing.stream(
             checkpoint, to, max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory,
             progress=terminal.watcher(progress, quiet=quiet, what=verb),
