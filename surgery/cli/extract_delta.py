@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import options, pushing, terminal
+from surgery.cli import many, options, pushing, terminal
 from surgery.errors import printable
 from surgery.exact import SUFFIX, Delta
 from surgery.execute import Progress
@@ -75,14 +75,12 @@ def command(
     if lossy is not None:
         if len(tuned) > 1 or options.pop("reversible"):
             raise click.UsageError("--lossy is for one FT, and never reversible")
-        if pushing.look() is not None:
-            raise click.UsageError("--push-to takes exact deltas")
+        pushing.refuse("takes exact deltas")
         found = {"bits": lossy, "rank": rank or 64, "progress": watcher, **options}
         _extract_lossy(base, tuned[0], out, overwrite, as_json, quiet, found)
         return
     if len(tuned) > 1:
-        if pushing.look() is not None:
-            raise click.UsageError("--push-to takes one delta; push them one by one")
+        pushing.refuse("takes one delta; push them one by one")
         if out is None:
             raise click.UsageError("several fine-tunes need a folder for their deltas: -o DIR")
         _extract_many(base, tuned, out, overwrite, as_json, quiet, watcher, options)
@@ -141,29 +139,14 @@ def _extract_many(
     base: str, tuned: tuple[str, ...], out: str, overwrite: bool, as_json: bool, quiet: bool, watcher: Progress,
     options: dict[str, Any],
 ) -> None:  # fmt: skip
-    from surgery.operations.extract_delta import Outcome, extract_deltas
+    from surgery.operations.extract_delta import extract_deltas
 
-    def tell(outcome: Outcome) -> None:
-        if outcome.error is not None:
-            terminal.say(f"surgery: error: {outcome.error}")
-        elif outcome.delta is not None and quiet:
-            click.echo(printable(outcome.out))
-        elif outcome.delta is not None and not as_json:
-            info = describe(outcome.delta)
-            click.echo(f"{printable(outcome.out)}  {human_bytes(info.nbytes)}  {info.bits:.3g} bits a weight")
-
-    outcomes = extract_deltas(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options)
-    failed = [(outcome, outcome.error) for outcome in outcomes if outcome.error]
-    if as_json:
-        found = [{"out": each.out, **describe(each.delta).document()} for each in outcomes if each.delta]
-        errors = [
-            {"fine-tune": each.tuned, "error": str(error), "exit_code": error.exit_code} for each, error in failed
-        ]
-        terminal.document({"schema": "surgery.extract-delta-many/1", "deltas": found, "failed": errors})
-    elif not quiet:
-        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} deltas written")
-    if failed:
-        raise click.exceptions.Exit(failed[0][1].exit_code)
+    many.report(
+        lambda tell: extract_deltas(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options),
+        "extract-delta", "deltas", as_json=as_json, quiet=quiet,
+        line=lambda delta: f"{human_bytes(delta.nbytes)}  {describe(delta).bits:.3g} bits a weight",
+        document=lambda delta, place: {"out": place, **describe(delta).document()},
+    )  # fmt: skip
 
 
 def _extract_lossy(

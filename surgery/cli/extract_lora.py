@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import options, pushing, terminal
+from surgery.cli import many, options, pushing, terminal
 from surgery.errors import printable
 from surgery.formats.servers import SERVERS
 from surgery.report import join_shown, percent
@@ -115,8 +115,7 @@ def command(
     options["dtype"] = options["dtype"].upper() if options["dtype"] else None
     watcher = terminal.watcher(progress, quiet=quiet, what="extract")
     if len(tuned) > 1:
-        if pushing.look() is not None:
-            raise click.UsageError("--push-to takes one adapter; push them one by one")
+        pushing.refuse("takes one adapter; push them one by one")
         if out is None or dry_run:
             what = "a folder for their adapters" if out is None else "no --dry-run, which is for one at a time"
             raise click.UsageError(f"several fine-tunes need {what}: -o DIR")
@@ -173,30 +172,17 @@ def _extract_many(
     base: str, tuned: tuple[str, ...], out: str, overwrite: bool, as_json: bool, quiet: bool, watcher: Progress,
     options: dict[str, Any],
 ) -> None:  # fmt: skip
-    from surgery.operations.extract_many import Outcome, extract_many
+    from surgery.operations.extract_many import extract_many
 
-    def tell(outcome: Outcome) -> None:
-        if outcome.error is not None:
-            terminal.say(f"surgery: error: {outcome.error}")
-        elif outcome.adapter is not None and quiet:
-            click.echo(printable(outcome.out))
-        elif outcome.adapter is not None and not as_json:
-            report = outcome.adapter.report
-            kept = f"keeps {percent(report.kept)}, relative error {report.error:.4f}"
-            click.echo(f"{printable(outcome.out)}  {human_bytes(outcome.adapter.nbytes)}  {kept}")
+    many.report(
+        lambda tell: extract_many(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options),
+        "extract-lora", "adapters", line=_line, document=_document, as_json=as_json, quiet=quiet,
+    )  # fmt: skip
 
-    outcomes = extract_many(base, tuned, out, overwrite=overwrite, progress=watcher, done=tell, **options)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if as_json:
-        found = [_document(o.adapter, o.out) for o in outcomes if o.adapter]
-        errors = [
-            {"fine-tune": o.tuned, "error": str(o.error), "exit_code": o.error.exit_code} for o in failed if o.error
-        ]
-        terminal.document({"schema": "surgery.extract-lora-many/1", "adapters": found, "failed": errors})
-    elif not quiet:
-        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} adapters written")
-    if failed and failed[0].error:
-        raise click.exceptions.Exit(failed[0].error.exit_code)
+
+def _line(adapter: Adapter) -> str:
+    report = adapter.report
+    return f"{human_bytes(adapter.nbytes)}  keeps {percent(report.kept)}, relative error {report.error:.4f}"
 
 
 def _print_plan(extraction: Extraction, out: str, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,26 +21,42 @@ def look() -> Destination | None:
         UsageError: ``--public`` without ``--push-to``.
         HubError: it may not be pushed to.
     """
-    meta = click.get_current_context().meta
-    name, public = meta.get("surgery.push_to"), bool(meta.get("surgery.public"))
+    name = _wanted()
     if name is None:
-        for option in ("public", "stream"):
-            if meta.get(f"surgery.{option}"):
-                raise UsageError(f"--{option} says nothing without --push-to")
         return None
     # This brings huggingface_hub, which nobody else must pay for.
     from surgery.operations.push import destination
 
-    return destination(name, private=not public)
+    return destination(name, private=not click.get_current_context().meta.get("surgery.public"))
 
 
-def push(out: str, to: Destination | None, *, base_id: Sequence[str] = (), quiet: bool, progress: str) -> str | None:
+def _wanted() -> str | None:
+    """Return what ``--push-to`` names, and refuse what says nothing without it."""
+    meta = click.get_current_context().meta
+    name: str | None = meta.get("surgery.push_to")
+    for option in ("public", "stream"):
+        if name is None and meta.get(f"surgery.{option}"):
+            raise UsageError(f"--{option} says nothing without --push-to")
+    return name
+
+
+def refuse(why: str) -> None:
+    """Refuse ``--push-to`` where there is not one output to push, before anybody is asked.
+
+    Raises:
+        UsageError: it was given.
+    """
+    if _wanted() is not None:
+        raise click.UsageError(f"--push-to {why}")
+
+
+def push(out: str, to: Destination | None, *, quiet: bool, progress: str) -> str | None:
     """Push what was written, and return where it is now."""
     if to is None:
         return None
     from surgery.operations.push import plan_push
 
-    planned = plan_push(out, to, base_id=base_id)
+    planned = plan_push(out, to)
     made = planned.run(terminal.watcher(progress, quiet=quiet, what="push"))
     if not quiet:
         terminal.notes(planned.commit.notes)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from surgery import execute
 from surgery.checkpoint import Checkpoint, Source, default_jobs, open_checkpoint
-from surgery.errors import SurgeryError, UsageError
+from surgery.errors import SurgeryError
 from surgery.exact import SUFFIX, Delta, delta_output
 from surgery.operations.delta_coding import Coding, Task
+from surgery.operations.outcomes import Outcome, refuse_shared_outputs
 from surgery.sources.local import stem_of
 
 
@@ -65,16 +65,6 @@ def extract_delta(
     return coding.compose(task)
 
 
-@dataclass
-class Outcome:
-    """What became of one fine-tune."""
-
-    tuned: str
-    out: str
-    delta: Delta | None = None
-    error: SurgeryError | None = None
-
-
 def extract_deltas(
     base: Source,
     tuned: Sequence[str | os.PathLike[str]],
@@ -85,8 +75,8 @@ def extract_deltas(
     rename: Sequence[str] = (),
     jobs: int | None = None,
     progress: execute.Progress | None = None,
-    done: Callable[[Outcome], None] = lambda _outcome: None,
-) -> list[Outcome]:
+    done: Callable[[Outcome[Delta]], None] = lambda _outcome: None,
+) -> list[Outcome[Delta]]:
     """Extract a delta from each of many fine-tunes of one base into ``out/<ft>.delta``; the base is read once.
 
     One that fails does not stop the others.
@@ -109,11 +99,10 @@ def extract_deltas(
         UsageError: two fine-tunes would have one output.
         SurgeryError: the base cannot be read.
     """
-    outcomes = [Outcome(os.fspath(source), str(Path(out) / f"{stem_of(source)}{SUFFIX}")) for source in tuned]
-    names = [outcome.out for outcome in outcomes]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"two of the fine-tunes would both become {twice}", mend="rename their folders")
+    outcomes: list[Outcome[Delta]] = [
+        Outcome(os.fspath(source), str(Path(out) / f"{stem_of(source)}{SUFFIX}")) for source in tuned
+    ]
+    refuse_shared_outputs([outcome.out for outcome in outcomes])
     checkpoint = open_checkpoint(base)
     coding = Coding(checkpoint, reversible)
     tasks = [_begin(coding, outcome, rename, overwrite) for outcome in outcomes]
@@ -125,7 +114,7 @@ def extract_deltas(
     return outcomes
 
 
-def _begin(coding: Coding, outcome: Outcome, rename: Sequence[str], overwrite: bool) -> Task | None:
+def _begin(coding: Coding, outcome: Outcome[Delta], rename: Sequence[str], overwrite: bool) -> Task | None:
     try:
         tuned = open_checkpoint(outcome.tuned)
         check_output(outcome.out, (coding.base, tuned), overwrite=overwrite)
@@ -135,7 +124,7 @@ def _begin(coding: Coding, outcome: Outcome, rename: Sequence[str], overwrite: b
         return None
 
 
-def _finish(coding: Coding, outcome: Outcome, task: Task | None, overwrite: bool) -> None:
+def _finish(coding: Coding, outcome: Outcome[Delta], task: Task | None, overwrite: bool) -> None:
     if task is None:
         return
     outcome.error = task.error
@@ -147,7 +136,7 @@ def _finish(coding: Coding, outcome: Outcome, task: Task | None, overwrite: bool
     except SurgeryError as error:
         outcome.error = error
     else:
-        outcome.delta = delta
+        outcome.made = delta
 
 
 def check_output(out: str | os.PathLike[str], inputs: Sequence[Checkpoint], *, overwrite: bool) -> None:

@@ -16,24 +16,15 @@ from surgery.errors import SurgeryError, UsageError
 from surgery.operations.extract_lora import plan_extraction
 from surgery.operations.extraction_measure import Measurement, in_parallel, largest_first
 from surgery.operations.extraction_run import compose
+from surgery.operations.outcomes import Outcome, refuse_shared_outputs
 from surgery.provenance import Held
 from surgery.sources.local import stem_of
 from surgery.sources.remote import expect
 
 
 @dataclass
-class Outcome:
-    """What became of one fine-tune."""
-
-    tuned: str
-    out: str
-    adapter: Adapter | None = None
-    error: SurgeryError | None = None
-
-
-@dataclass
 class _Task:
-    outcome: Outcome
+    outcome: Outcome[Adapter]
     measured: Measurement | None = None
 
 
@@ -45,9 +36,9 @@ def extract_many(
     overwrite: bool = False,
     jobs: int | None = None,
     progress: execute.Progress | None = None,
-    done: Callable[[Outcome], None] = lambda _outcome: None,
+    done: Callable[[Outcome[Adapter]], None] = lambda _outcome: None,
     **options: Any,
-) -> list[Outcome]:
+) -> list[Outcome[Adapter]]:
     """Extract an adapter from each of many fine-tunes of one base into ``out/<ft>-lora-<rule>``.
 
     Every tensor of the base is read once, and held against all fine-tunes. One that fails does not stop the others.
@@ -74,10 +65,7 @@ def extract_many(
         raise UsageError("is named twice", file=twice)
     checkpoint = open_checkpoint(base)
     tasks = [_plan(checkpoint, source, Path(out), overwrite, {**options, "jobs": jobs}) for source in tuned]
-    outputs = [task.outcome.out for task in tasks]
-    if len(set(outputs)) < len(outputs):
-        twice = next(name for name in outputs if outputs.count(name) > 1)
-        raise UsageError(f"two of the fine-tunes would both become {twice}", mend="rename their folders")
+    refuse_shared_outputs([task.outcome.out for task in tasks])
     runs = [task for task in tasks if task.measured is not None]
     _examine(runs, progress or execute.Silent())
     for task in tasks:
@@ -87,7 +75,7 @@ def extract_many(
 
 
 def _plan(base: Source, source: Any, out: Path, overwrite: bool, options: dict[str, Any]) -> _Task:
-    outcome = Outcome(os.fspath(source), str(out / stem_of(source)))
+    outcome: Outcome[Adapter] = Outcome(os.fspath(source), str(out / stem_of(source)))
     try:
         plan = plan_extraction(base, source, **options)
         outcome.out = str(out / f"{stem_of(source)}-lora-{plan.rule.slug}")
@@ -141,5 +129,5 @@ def _write(task: _Task, overwrite: bool) -> None:
     except SurgeryError as error:
         task.outcome.error = error
     else:
-        task.outcome.adapter = adapter
+        task.outcome.made = adapter
     task.measured = None  # lets its spool go
