@@ -84,7 +84,7 @@ class Merged:
         allow_nonfinite: bool = False,
         labels: Sequence[str] = (),
     ) -> None:
-        self.algorithm = find(algorithm) if isinstance(algorithm, str) else algorithm
+        self.algorithm = find(algorithm)
         self.inputs = tuple(inputs)
         self.base = base
         self._labels = tuple(labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -179,10 +179,10 @@ def best_rates(results: dict[Trial, Result]) -> dict[str, float]:
     return {candidate: -rate for candidate, (_, rate) in best.items()}
 
 
-def extractions(study: Study, rate: float, seeds: Sequence[int] = SEEDS) -> dict[str, list[Result]]:
+def extractions(study: Study, rate: float) -> dict[str, list[Result]]:
     """Take the full fine-tunes out again: as LoRA adapters of some ranks, tested in PEFT, and as exact deltas."""
     rows: dict[str, list[Result]] = {}
-    for seed in seeds:
+    for seed in SEEDS:
         tuned = study.trained(Trial("full", seed, rate))
         for rank in RANKS:
             result = study.once(f"{tuned.name}-r{rank}", functools.partial(_extracted, study, seed, tuned, rank))

@@ -188,7 +188,7 @@ def merge_tensors(
     >>> merge_tensors("linear", [torch.zeros(2), torch.ones(2)], per_model=[{"coeff": 1}, {"coeff": 3}])
     tensor([0.7500, 0.7500])
     """
-    row = find(algorithm) if isinstance(algorithm, str) else algorithm
+    row = find(algorithm)
     row.check_arity(len(models), base is not None)
     whole, each = resolve(row, len(models), parameters or {}, per_model)
     kernel = row.make(Setting(name, tuple(models[0].shape), models[0].dtype, whole, each, compat, seed, draws))

@@ -149,8 +149,9 @@ class Order:
         """See some of every stream's values before the first pass."""
         if self._at_once or self._bits != 32:
             return
+        sorted_by_stream = {stream: np.sort(values[stream].numpy()).view(np.int32) for stream in self.streams}
         for rank in self.ranks:
-            ordered = np.sort(values[rank.stream].numpy()).view(np.int32)
+            ordered = sorted_by_stream[rank.stream]
             share = 1 - rank.rank / self._count
             first, middle, last = (
                 min(max(round((share + off) * ordered.size), 0), ordered.size - 1) for off in (-_MARGIN, 0, _MARGIN)

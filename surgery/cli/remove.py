@@ -6,7 +6,7 @@ import os
 
 import click
 
-from surgery.cli import options, terminal
+from surgery.cli import options, pushing, terminal
 from surgery.cli.writing import write
 from surgery.errors import UsageError, printable
 from surgery.formats.safetensors import strict_object
@@ -50,12 +50,13 @@ def command(
     if keep_to is None and (adapter or adapter_config or method or settings):
         raise UsageError("--adapter, --adapter-config, --method and -p are for what is kept", mend="--keep-to FOLDER")
     if keep_to is not None:
-        if os.path.abspath(keep_to) == os.path.abspath(out):
+        if not pushing.streams() and os.path.abspath(keep_to) == os.path.abspath(out):
             raise UsageError("--keep-to and -o are one place", file=out)
         document = strict_object(local.read_small(local.resolve(adapter_config))) if adapter_config else None
         kept = removed.keep(adapter=adapter, method=method, document=document, **options.parsed_settings(settings))
-        if not dry_run:  # refused before anything is written, and so is the other output
-            Publication(out, overwrite=overwrite, inputs=[stored.path for stored in removed.stored])
+        if not dry_run:
+            if not pushing.streams():  # refused before anything is written, as the other output is
+                Publication(out, overwrite=overwrite, inputs=[stored.path for stored in removed.stored])
             kept.save(keep_to, overwrite=overwrite)
     if not as_json and not quiet:
         for table in removed.origin.tables if removed.origin else ():

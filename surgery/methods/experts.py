@@ -13,15 +13,8 @@ from surgery.methods.starts import ZEROS, kaiming_uniform
 from surgery.roles import is_fused_experts
 
 _SINGLE = re.compile(r"(?P<owner>.*\.experts)\.(?P<number>\d+)\.(?P<rest>.+)")
-
-
-def is_single(name: str) -> bool:
-    """Say whether a tensor is of one expert among others.
-
-    >>> is_single("model.layers.0.mlp.experts.3.up_proj.weight"), is_single("h.0.mlp.up_proj.weight")
-    (True, False)
-    """
-    return _SINGLE.fullmatch(name) is not None
+_FUSED_WITH = {"w3": "w1", "up_proj": "gate_proj"}
+"""Projections that PEFT makes one with another: of the expert's gate."""
 
 
 def fused(model: Model, chosen: Sequence[str]) -> list[str]:
@@ -60,28 +53,21 @@ def check_single(model: Model, chosen: Sequence[str]) -> tuple[str, ...]:
     Raises:
         MismatchError: some experts of a module are left out, or its gate is chosen and its up projection not.
     """
-    single = {name for name in chosen if is_single(name)}
-    for name in sorted(single):
-        found = _SINGLE.fullmatch(name)
-        assert found is not None  # single ones match
-        for other in model.specs:
-            beside = _SINGLE.fullmatch(other)
-            if beside is None or beside["owner"] != found["owner"] or other in single or not _together(beside, found):
-                continue
+    together: dict[tuple[str, str], list[str]] = {}
+    for name in model.specs:
+        if found := _SINGLE.fullmatch(name):
+            projection = found["rest"].removesuffix(".weight")
+            together.setdefault((found["owner"], _FUSED_WITH.get(projection, projection)), []).append(name)
+    taken, any_single = set(chosen), False
+    for names in together.values():
+        mine = [name for name in names if name in taken]
+        any_single |= bool(mine)
+        if mine and len(mine) < len(names):
             raise MismatchError(
-                f"must be adapted with {name}: PEFT fuses experts, and a gate with its up projection",
-                tensor=other,
+                f"must be adapted with {mine[0]}: PEFT fuses experts, and a gate with its up projection",
+                tensor=next(name for name in names if name not in taken),
                 mend="choose both in all experts, as --target role:gate,role:up",
             )
-    if not single:
+    if not any_single:
         return ()
     return ("PEFT fuses experts when it loads them: it then trains gate and up as one, with twice the rank",)
-
-
-_PAIRED = ({"w1", "w3"}, {"gate_proj", "up_proj"})
-
-
-def _together(one: re.Match[str], other: re.Match[str]) -> bool:
-    """Say whether two experts' weights must be adapted together: the same projection, or a gate and its up."""
-    mine, yours = (found["rest"].removesuffix(".weight") for found in (one, other))
-    return mine == yours or {mine, yours} in _PAIRED

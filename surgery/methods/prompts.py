@@ -122,13 +122,12 @@ def _prompt(
     notes: tuple[str, ...] = ()
     if asked is None:
         notes = (f"config.json tells no task of PEFT's, so it is written for {task}; -p task=CAUSAL_LM says another",)
-    encoder_decoder = task == "SEQ_2_SEQ_LM"
-    sides = 2 if encoder_decoder and kind != "PREFIX_TUNING" else 1
+    sides = 2 if task == "SEQ_2_SEQ_LM" and kind != "PREFIX_TUNING" else 1
     modules, head = ([settings["head"]], new_head) if new_head else model.task_head(_PREFIX)
     document = {
         "peft_type": kind, "task_type": task, "auto_mapping": None, "base_model_name_or_path": None,
         "revision": None, "inference_mode": False, "num_virtual_tokens": length, "token_dim": token_dim,
-        "num_transformer_submodules": 2 if encoder_decoder and kind != "PREFIX_TUNING" else 1,
+        "num_transformer_submodules": sides,
         "num_attention_heads": heads or model.setting("num_attention_heads", "n_head", "num_heads") or 1,
         "num_layers": len(max(model.blocks.values(), key=len)), "modules_to_save": modules or None, **config,
     }  # fmt: skip

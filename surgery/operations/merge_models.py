@@ -140,7 +140,6 @@ class _Values:
         self._row = row
         self._count = count
         self._given = dict(given)
-        self.rules: dict[str, Rule] = {}
         self._roles = roles
         self._patterns: dict[str, list[tuple[Pattern, OneOrEach]]] = {}
         for key, value in given.items():

@@ -177,21 +177,24 @@ def _plan(
     model: Model, name: str, shapes: Mapping[str, tuple[int, ...]], chosen: Sequence[Taken], settings: Mapping[str, Any]
 ) -> tuple[Addition, dict[str, tuple[int, ...]]]:
     """Plan a method with the settings that its tensors tell and those that are given."""
-    told = _told(model, name, shapes, chosen)
+    told = _told(model, name, shapes, chosen, settings)
     row = find(name)
     target = told.pop("target", ())
     addition = row.plan(model, target, row.settings({**told, **settings}))
     return addition, {one.key: one.shape for one in addition.new}
 
 
-def _told(model: Model, name: str, shapes: Mapping[str, tuple[int, ...]], chosen: Sequence[Taken]) -> dict[str, Any]:
+def _told(
+    model: Model, name: str, shapes: Mapping[str, tuple[int, ...]], chosen: Sequence[Taken], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Read settings from names and shapes.
 
     Raises:
         UsageError: they differ from module to module.
     """
     if name in _SEVERAL["prompts"]:
-        sides = 2 if model.task == "SEQ_2_SEQ_LM" and name != "prefix-tuning" else 1
+        task = settings.get("task") or model.task
+        sides = 2 if task == "SEQ_2_SEQ_LM" and name != "prefix-tuning" else 1
         return {"length": next(iter(shapes.values()))[0] // sides}
     if name in _SEVERAL["bottleneck"]:
         there = {layer_of(key) for key in shapes}
