@@ -15,6 +15,7 @@ from surgery.checkpoint import default_jobs
 from surgery.errors import FormatError, SurgeryError, UsageError, VerificationError
 from surgery.formats import peft, peft_scalings
 from surgery.history import read_record
+from surgery.plan import NO_LIMIT
 from surgery.sources import folders, local
 from surgery.sources.references import is_hub_reference
 from surgery.tensor import LazyTensor, human_bytes
@@ -98,7 +99,7 @@ class Adapter:
             out,
             record=self._record or self._plain_record,
             stem=peft.STEM,
-            max_shard_size=1 << 62,
+            max_shard_size=NO_LIMIT,
             workers=default_jobs(),
             overwrite=overwrite,
             sources=self.stored,
@@ -117,7 +118,7 @@ class Adapter:
             "save",
             parameters={},
             inputs=[{"role": "adapter", "name": self.label, **self.pinned}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
             base=self.taken_from,
         )
 

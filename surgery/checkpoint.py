@@ -16,7 +16,7 @@ from surgery import execute, provenance
 from surgery.errors import MismatchError, UnsupportedError, UsageError
 from surgery.formats.delta_manifest import MANIFEST
 from surgery.kept import Companion
-from surgery.plan import Plan, lay_out
+from surgery.plan import NO_LIMIT, Plan, lay_out
 from surgery.report import Table
 from surgery.roles import role_of
 from surgery.sources import folders, local, memory
@@ -180,7 +180,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         weights = lay_out(
             self._watched(origin)[0],
             shards=None if single else self.shards,
-            max_shard_size=_NO_LIMIT if single else max_shard_size,
+            max_shard_size=NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
             bytes_read=self.nbytes if origin.bytes_read is None else origin.bytes_read,
@@ -240,7 +240,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             out,
             record=origin.record,
             shards=None if single else self.shards,
-            max_shard_size=_NO_LIMIT if single else max_shard_size,
+            max_shard_size=NO_LIMIT if single else max_shard_size,
             workers=jobs or default_jobs(),
             max_memory=max_memory,
             overwrite=overwrite,
@@ -312,16 +312,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             "save",
             parameters={},
             inputs=[{"role": "source", "name": self.label, **self.pinned}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )
 
     def close(self) -> None:
         """Close the files it reads from."""
         for stored in self.stored:
             stored.close()
-
-
-_NO_LIMIT = 1 << 62
 
 
 def _whole_file(out: str | os.PathLike[str] | None, max_shard_size: int | None) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from surgery.errors import OutputError, SurgeryError
 from surgery.formats.safetensors import build_header, build_index
 from surgery.kept import UNDO_FILE, Companion, check_carried, digests_beside, tensors_last
-from surgery.plan import FileLayout, Job, Piece, Plan, block_of, lay_out
+from surgery.plan import NO_LIMIT, FileLayout, Job, Piece, Plan, block_of, lay_out
 from surgery.provenance import METADATA_KEY, PLACEHOLDER, RECORD, SEAL, BlockDigests, encode, sealed
 from surgery.sources.remote import expect
 from surgery.tensor import LazyTensor, TensorSpec, byte_range
@@ -386,7 +386,7 @@ def _write_containers(
     for container, content in containers.items():
         if not content:
             continue
-        plan = lay_out(content, max_shard_size=1 << 62, workers=workers)
+        plan = lay_out(content, max_shard_size=NO_LIMIT, workers=workers)
         prints = run(plan, content, publication, names={plan.files[0].name: container})
         check_carried(container, prints, carried.get(container, {}))
         found[container] = dict(sorted(prints.items()))

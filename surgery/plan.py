@@ -29,6 +29,8 @@ WORKER_BYTES = 6 << 20
 FIXED_BYTES = 24 << 20
 """Allowance for what a run holds once: headers, the record, libraries touched for the first time."""
 DEFAULT_SHARD = 5_000_000_000
+NO_LIMIT = 1 << 62
+"""A shard size that nothing exceeds: one file."""
 
 
 @dataclass(frozen=True, slots=True)

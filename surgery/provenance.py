@@ -173,7 +173,7 @@ def record(
     *,
     parameters: Mapping[str, Any],
     inputs: Iterable[Mapping[str, Any]],
-    tensors: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, str | Mapping[str, Any]],
     **more: Any,
 ) -> dict[str, Any]:
     """Compose a provenance record.
@@ -182,7 +182,7 @@ def record(
         operation: the verb.
         parameters: everything that decides the result.
         inputs: one mapping an input, with ``role`` and ``name``.
-        tensors: for each output tensor its ``fingerprint``, and where it differs the ``base`` one.
+        tensors: for each output tensor its fingerprint, or an entry that holds it and where it differs the ``base`` one.
         **more: fields of single operations (``adapters``, ``report``).
     """
     return {
@@ -192,7 +192,10 @@ def record(
         "parameters": dict(parameters),
         "inputs": [dict(item) for item in inputs],
         **more,
-        "tensors": {name: dict(entry) for name, entry in sorted(tensors.items())},
+        "tensors": {
+            name: {"fingerprint": entry} if isinstance(entry, str) else dict(entry)
+            for name, entry in sorted(tensors.items())
+        },
     }
 
 

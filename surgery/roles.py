@@ -95,7 +95,7 @@ def numberless(name: str) -> str:
     >>> numberless("encoder.layer.3.attention.self.query.weight")
     'encoder.layer.*.attention.self.query.weight'
     """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
 
 
 def transposed_weights(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None) -> set[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgery.errors import FormatError, UnsafeError
+from surgery.formats.safetensors import encode_document
 
 KNOWN = (
     "README.md", "LICENSE*", "NOTICE*", "surgery.json", "trainable.json",
@@ -144,7 +145,7 @@ def configuration(data: bytes, name: str, changes: Mapping[str, Any]) -> bytes |
     }
     if wanted == document:
         return None
-    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+    return encode_document(wanted)
 
 
 def _is_path(text: str) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import FormatError
-from surgery.formats.safetensors import strict_object
+from surgery.formats.safetensors import encode_document, strict_object
 
 SCHEMA = "surgery.run/2"
 
@@ -47,7 +46,7 @@ MODELS: Kinds = {
 
 def encode(plan: RunPlan) -> bytes:
     """Write a plan."""
-    return (json.dumps({"schema": SCHEMA, **dataclasses.asdict(plan)}, indent=2, ensure_ascii=False) + "\n").encode()
+    return encode_document({"schema": SCHEMA, **dataclasses.asdict(plan)})
 
 
 def parse(data: bytes) -> RunPlan:

@@ -357,6 +357,18 @@ def strict_object(raw: bytes) -> dict[str, Any]:
     return document
 
 
+def encode_document(document: Mapping[str, Any]) -> bytes:
+    """Write a JSON object for people. Lone surrogates, which JSON has and UTF-8 has not, become escapes again.
+
+    >>> print(encode_document({"name": "é"}).decode())
+    {
+      "name": "é"
+    }
+    <BLANKLINE>
+    """
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def build_index(shards: Mapping[str, Iterable[TensorSpec]]) -> bytes:
     """Write ``*.index.json``: the total size in bytes, and every tensor's shard, sorted by name."""
     specs = [(spec, shard) for shard, members in shards.items() for spec in members]
@@ -364,7 +376,7 @@ def build_index(shards: Mapping[str, Iterable[TensorSpec]]) -> bytes:
         "metadata": {"total_size": sum(spec.nbytes for spec, _ in specs)},
         "weight_map": {spec.name: shard for spec, shard in sorted(specs, key=lambda pair: pair[0].name)},
     }
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return encode_document(document)
 
 
 def shard_names(stem: str, count: int) -> list[str]:

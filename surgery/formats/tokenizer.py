@@ -7,13 +7,12 @@ the latter two with ``added_tokens.json`` beside them.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.errors import FormatError, SurgeryError
-from surgery.formats.safetensors import strict_object
+from surgery.formats.safetensors import encode_document, strict_object
 
 MAIN, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 FILE_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "merges", "vocab", "chat_template", "spiece")
@@ -117,7 +116,7 @@ def with_tokens(files: Read, added: Mapping[str, Mapping[str, Any]]) -> dict[str
         raise FormatError(f"has no {MAIN}, so no token can be added", mend="save it as a fast tokenizer first")
     document = strict_object(data)
     document["added_tokens"] = [*(document.get("added_tokens") or []), *added.values()]
-    changed = {MAIN: _encode(document)}
+    changed = {MAIN: encode_document(document)}
     config = files(CONFIG)
     settings = strict_object(config) if config is not None else {}
     known = settings.get("added_tokens_decoder")
@@ -125,14 +124,14 @@ def with_tokens(files: Read, added: Mapping[str, Mapping[str, Any]]) -> dict[str
         settings = copy.deepcopy(settings)
         for entry in added.values():
             settings["added_tokens_decoder"][str(entry["id"])] = {k: v for k, v in entry.items() if k != "id"}
-        changed[CONFIG] = _encode(settings)
+        changed[CONFIG] = encode_document(settings)
     return changed
 
 
 def with_template(config: bytes | None, template: str) -> dict[str, bytes]:
     """Return the files that give a tokenizer a chat template."""
     settings = strict_object(config) if config is not None else {}
-    return {TEMPLATE: template.encode(), CONFIG: _encode({**settings, "chat_template": template})}
+    return {TEMPLATE: template.encode(), CONFIG: encode_document({**settings, "chat_template": template})}
 
 
 def template_of(read: Read) -> str | None:
@@ -147,7 +146,3 @@ def template_of(read: Read) -> str | None:
             (item.get("template") for item in found if isinstance(item, dict) and item.get("name") == "default"), None
         )
     return found.strip() or None if isinstance(found, str) else None
-
-
-def _encode(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

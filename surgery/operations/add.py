@@ -18,6 +18,7 @@ from surgery.methods.registry import Method, find
 from surgery.methods.starts import Initial
 from surgery.operations.convert import convert
 from surgery.operations.remove import remove
+from surgery.plan import NO_LIMIT
 from surgery.report import Table
 from surgery.roles import numberless
 from surgery.sources import module_names, tokens
@@ -171,7 +172,7 @@ class Added:
         if not self.tensors:
             return self._save_names(out, files, overwrite=overwrite)
         return execute.publish(
-            self.tensors, out, record=self._record, stem=_STEMS[self.addition.file], max_shard_size=1 << 62,
+            self.tensors, out, record=self._record, stem=_STEMS[self.addition.file], max_shard_size=NO_LIMIT,
             workers=default_jobs(), overwrite=overwrite, sources=self.base.stored, files=files, progress=progress,
         )  # fmt: skip
 
@@ -192,7 +193,7 @@ class Added:
             "add",
             parameters={name: list(value) if isinstance(value, tuple) else value for name, value in self._said.items()},
             inputs=[{"role": "base", "name": self.base.label, **self.base.pinned}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
             trainable_parameters=self.parameters,
             applied_to=list(self.chosen),
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery import provenance
 from surgery.checkpoint import Checkpoint, Origin, Source, open_checkpoint, refuse_quantised, require_arithmetic
 from surgery.errors import MismatchError, UsageError
+from surgery.formats.safetensors import encode_document
 from surgery.names import parse_patterns, parse_renames, select
 from surgery.names import rename as spell
+from surgery.operations.recipe_config import TORCH_NAMES
 from surgery.roles import roles_of
 from surgery.tensor import ARITHMETIC, LazyTensor, TensorSpec, renamed
 
@@ -99,22 +100,19 @@ def _refuse_idle_rules(rules: Mapping[str, str], checkpoint: Checkpoint) -> None
             raise MismatchError(f"--rename {old!r} matches no tensor", file=checkpoint.label)
 
 
-_CONFIG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
 def config_in(config: Mapping[str, Any] | None, dtype: str | None) -> Mapping[str, Any] | None:
     """Say the new dtype in ``config.json`` where the old one was said."""
     if config is None or dtype is None:
         return config
-    return {key: _CONFIG_NAMES[dtype] if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
+    return {key: TORCH_NAMES[dtype] if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
 
 
 def config_file(config: Mapping[str, Any] | None, dtype: str | None) -> dict[str, bytes]:
     """Return ``config.json`` as a side file, where saying the new dtype changes it."""
     changed = config_in(config, dtype)
-    if changed == config:
+    if changed is None or changed == config:
         return {}
-    return {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")}
+    return {"config.json": encode_document(changed)}
 
 
 def _recorder(source: Checkpoint, parameters: dict[str, Any]) -> Any:
@@ -123,7 +121,7 @@ def _recorder(source: Checkpoint, parameters: dict[str, Any]) -> Any:
             "convert",
             parameters=parameters,
             inputs=[{"role": "source", "name": source.label, **source.pinned}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )
 
     return record

@@ -20,6 +20,7 @@ from surgery.errors import UsageError
 from surgery.lossy import BITS, OPERATION, SUFFIX, dequantised, is_factor, quantise
 from surgery.names import align, parse_renames
 from surgery.operations.extract_lora import extract_lora
+from surgery.plan import NO_LIMIT
 from surgery.tensor import LazyTensor, any_range, read_bytes
 
 
@@ -57,7 +58,7 @@ class LossyDelta:
         """
         check_lossy_name(out)
         return execute.publish(
-            self.tensors, out, record=self._record, max_shard_size=1 << 62, workers=default_jobs(), overwrite=overwrite,
+            self.tensors, out, record=self._record, max_shard_size=NO_LIMIT, workers=default_jobs(), overwrite=overwrite,
             sources=[*self.base.stored, *self.tuned.stored],
         )  # fmt: skip
 
@@ -66,7 +67,7 @@ class LossyDelta:
             OPERATION,
             parameters={**self.parameters, "adapter": self.adapter.document},
             inputs=[{"role": "base", "name": self.base.label}, {"role": "fine-tune", "name": self.tuned.label}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
             base=self.adapter.taken_from,
             error={
                 "relative": self.error,

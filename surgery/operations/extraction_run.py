@@ -124,7 +124,7 @@ def _record(
             {"role": "base", "name": plan.base.label, **plan.base.pinned, "fingerprint": provenance.combine(before)},
             {"role": "fine-tune", "name": plan.tuned_label, **pinned(plan.tuned_stored), "fingerprint": provenance.combine(after)},
         ],
-        tensors={name: {"fingerprint": value} for name, value in outputs.items()},
+        tensors=outputs,
         base=before,
         report=report.document(),
     )  # fmt: skip

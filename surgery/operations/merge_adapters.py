@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from surgery.binding import Binding, expected_base
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADDITIVE, Applied, Cast, Checked, Replacement, Update
 from surgery.errors import MismatchError
+from surgery.formats.safetensors import encode_document
 from surgery.history import History
 from surgery.operations.merge_rules import Rule
 from surgery.tensor import ARITHMETIC, BytesTensor, LazyTensor, TensorSpec, renamed
@@ -301,7 +301,7 @@ def resized_config(
     if not rows or config is None or "vocab_size" not in config:
         return config, {}
     changed = {**config, "vocab_size": max(rows.values())}
-    return changed, {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
+    return changed, {"config.json": encode_document(changed)}
 
 
 def _is_copy(updates: Sequence[Update]) -> bool:

@@ -219,7 +219,7 @@ class Restoration:
             "merge",
             parameters={"reverse": self._reverse},
             inputs=self.inputs(),
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )
 
     def inputs(self) -> list[dict[str, Any]]:

@@ -141,7 +141,7 @@ def merge_scaled(
             "merge",
             parameters={"delta_base": base.label, "allow_nonfinite": allow_nonfinite},
             inputs=[{"role": "base", "name": into.label}, *(part.entry() for part in parts)],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )
 
     return Checkpoint(

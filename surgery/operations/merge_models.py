@@ -258,7 +258,6 @@ class _Work:
                 input_entry(role, member, own, draft=draft)
                 for role, member, own in zip(self._roles, self.members, self._tensors, strict=True)
             ]
-            tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
-            return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
+            return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=fingerprints)
 
         return record

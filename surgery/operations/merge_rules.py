@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.plan import natural
 from surgery.report import Table
+from surgery.roles import numberless
 from surgery.tensor import LazyTensor, human_bytes
 
 
@@ -35,20 +35,11 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
 
 
-def generalised(names: Iterable[str]) -> list[str]:
-    """Put ``*`` for every number in names, and name each result once.
-
-    >>> generalised(["layers.0.w", "layers.1.w", "head.w"])
-    ['layers.*.w', 'head.w']
-    """
-    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in names))
-
-
 def rules_table(rules: Mapping[str, Rule], tensors: Mapping[str, LazyTensor]) -> Table:
     """Draw up one row for all tensors that differ by numbers in their names alone and are made in the same way."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted(tensors, key=natural):
-        groups.setdefault((generalised([name])[0], rules[name].what), []).append(name)
+        groups.setdefault((numberless(name), rules[name].what), []).append(name)
     rows = []
     for (pattern, what), names in groups.items():
         ends = list(dict.fromkeys(rules[name].values for name in (names[0], names[-1])))

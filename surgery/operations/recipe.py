@@ -13,10 +13,11 @@ from surgery.algorithms.registry import MERGEKIT, find
 from surgery.checkpoint import Checkpoint, Origin, refuse_quantised
 from surgery.errors import FormatError, MismatchError, SurgeryError
 from surgery.formats.recipe import Module, Part, Recipe, Slice, parse
+from surgery.formats.safetensors import encode_document
 from surgery.formats.tokenizer import CONFIG, FILE_STARTS, with_template
 from surgery.merged import merged
 from surgery.operations import recipe_config
-from surgery.operations.merge_rules import Rule, describe, generalised, rules_table
+from surgery.operations.merge_rules import Rule, describe, rules_table
 from surgery.operations.model_inputs import bytes_read, input_entry
 from surgery.operations.recipe_inputs import Input, Inputs, Spelled, last_stage, on_bases
 from surgery.operations.recipe_outputs import Outline, Output
@@ -31,6 +32,7 @@ from surgery.operations.recipe_tokenizer import (
     rows_of,
 )
 from surgery.report import Table, join_shown
+from surgery.roles import numberless
 from surgery.sources import local
 from surgery.tensor import ARITHMETIC, LazyTensor, renamed
 
@@ -156,7 +158,7 @@ class _Merge:
         config = self._config(donor, tensors)
         side_files, files = self._side_files(donor)
         if config is not None and (config != donor.config or donor.origin is not None):  # a stage has no file of it
-            files["config.json"] = recipe_config.encode(config)
+            files["config.json"] = encode_document(config)
         return Checkpoint(
             tensors,
             label=self.recipe.name or self.recipe.algorithm,
@@ -353,7 +355,9 @@ class _Merge:
         for number, member in enumerate(self.members):
             left = [name for name in member.model.tensors if name not in self.traced[number]]
             if left:
-                rows.append((member.model.label, f"{len(left):,}", join_shown(generalised(left))))
+                rows.append(
+                    (member.model.label, f"{len(left):,}", join_shown(list(dict.fromkeys(map(numberless, left)))))
+                )
         return [Table("Not used", ("model", "tensors", "which"), tuple(rows))] if rows else []
 
     def _record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
@@ -366,5 +370,4 @@ class _Merge:
         parameters: dict[str, Any] = {"algorithm": self.algorithm.name, "compat": self.compat, "recipe": self.text}
         if self.algorithm.random:
             parameters["seed"] = self.seed
-        tensors = {name: {"fingerprint": value} for name, value in fingerprints.items()}
-        return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=tensors)
+        return provenance.record("merge", parameters=parameters, inputs=inputs, tensors=fingerprints)

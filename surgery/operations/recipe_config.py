@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,11 +48,6 @@ def corrected(
             home = inner if name not in config and isinstance(inner, dict) and name in inner else config
             home[name] = value
     return config
-
-
-def encode(config: Mapping[str, Any]) -> bytes:
-    """Write a configuration as transformers does."""
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _splice(config: dict[str, Any], key: tuple[str, ...], layers: Sequence[LayerOrigin]) -> None:

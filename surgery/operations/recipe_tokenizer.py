@@ -6,7 +6,6 @@ their own numbers within a model, so that the same recipe gives the same tokeniz
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError, MismatchError, SurgeryError
 from surgery.formats import tokenizer as forms
 from surgery.formats.recipe import Reference, TokenizerChoice, TokenRule
-from surgery.formats.safetensors import strict_object
+from surgery.formats.safetensors import encode_document, strict_object
 from surgery.formats.tokenizer import Vocabulary
 from surgery.operations.recipe_inputs import Spelled
 from surgery.operations.recipe_templates import TEMPLATES
@@ -235,8 +234,7 @@ def generation_config(donor: Checkpoint, tokens: Tokens) -> dict[str, bytes]:
         return {}
     document = strict_object(data)
     changed = renumbered(document, tokens.own[id(donor)], tokens.vocabulary)
-    text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-    return {"generation_config.json": text.encode()} if changed != document else {}
+    return {"generation_config.json": encode_document(changed)} if changed != document else {}
 
 
 def chat_template(text: str, models: Sequence[Checkpoint], line: int) -> str | None:

@@ -169,7 +169,7 @@ def _recorder(whole: Checkpoint, parted: Parted) -> Any:
             "remove",
             parameters={"taken_out": sorted([*parted.taken, *parted.copies])},
             inputs=[{"role": "source", "name": whole.label, **whole.pinned}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )
 
     return record

@@ -22,6 +22,7 @@ from surgery.methods.addition import Addition
 from surgery.methods.model import Model
 from surgery.methods.registry import find
 from surgery.operations.remove import Removed, beside
+from surgery.plan import NO_LIMIT
 from surgery.roles import layer_of
 from surgery.tensor import LazyTensor, renamed
 
@@ -48,14 +49,14 @@ class Kept:
             OutputError: it exists.
         """
         return execute.publish(
-            self.tensors, out, record=self._record, stem=self._stem, max_shard_size=1 << 62, workers=default_jobs(),
+            self.tensors, out, record=self._record, stem=self._stem, max_shard_size=NO_LIMIT, workers=default_jobs(),
             overwrite=overwrite, sources=self._removed.stored, files={peft.CONFIG: peft.encode_config(self.document)},
         )  # fmt: skip
 
     def _record(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
             "remove", parameters={}, inputs=[{"role": "source", "name": self._removed.label}],
-            tensors={name: {"fingerprint": value} for name, value in fingerprints.items()},
+            tensors=fingerprints,
         )  # fmt: skip
 
 
