@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -12,44 +11,36 @@ from surgery.cli import options
 from surgery.cli.writing import write
 from surgery.errors import UsageError
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def accept(function: F) -> F:
-    """Add what says which merge it is to a command: everything but the output and the resources."""
-    for option in reversed(
-        [
-            click.argument("base", type=click.Path()),
-            click.argument("others", type=click.Path(), nargs=-1, required=True),
-            click.option("--algorithm", "--method", "algorithm", metavar="NAME",
-                         help="Merge models: surgery algorithms lists how."),
-            click.option("--coeff", type=float, multiple=True, metavar="C",
-                         help="Once for all, or once for each; 1 by default, any sign."),
-            click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE",
-                         help="A parameter of the algorithm; repeated, or NAME=V,V, one value a model."),
-            click.option("--compat", type=click.Choice(COMPAT), default="paper", show_default=True,
-                         help="Whose semantics, where mergekit's differ from the paper's."),
-            click.option("--seed", type=int, default=0, show_default=True, help="For algorithms that draw random numbers."),
-            click.option("--dtype", metavar="DTYPE",
-                         help="F64, F32, BF16 or F16, of merged weights; the first input's by default."),
-            click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without."),
-            click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
-                         help="What to do with a tensor that some input lacks."),
-            options.name_map,
-            options.allow_base_mismatch,
-            click.option("--reverse", is_flag=True,
-                         help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."),
-            click.option("--undo/--no-undo", default=True,
-                         help="Keep what unmerge needs to give the base back to the bit; kept by default."),
-            click.option("--delta-base", type=click.Path(), metavar="BASE",
-                         help="With exact deltas made with this: add them as numbers, at any --coeff and to any model."),
-            click.option("--allow-incomplete", is_flag=True,
-                         help="Merge an adapter that lacks modules its configuration names."),
-            options.allow_nonfinite,
-        ]
-    ):  # fmt: skip
-        function = option(function)
-    return function
+accept = options.stack(
+    click.argument("base", type=click.Path()),
+    click.argument("others", type=click.Path(), nargs=-1, required=True),
+    click.option("--algorithm", "--method", "algorithm", metavar="NAME",
+                 help="Merge models: surgery algorithms lists how."),
+    click.option("--coeff", type=float, multiple=True, metavar="C",
+                 help="Once for all, or once for each; 1 by default, any sign."),
+    click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE",
+                 help="A parameter of the algorithm; repeated, or NAME=V,V, one value a model."),
+    click.option("--compat", type=click.Choice(COMPAT), default="paper", show_default=True,
+                 help="Whose semantics, where mergekit's differ from the paper's."),
+    click.option("--seed", type=int, default=0, show_default=True, help="For algorithms that draw random numbers."),
+    click.option("--dtype", metavar="DTYPE",
+                 help="F64, F32, BF16 or F16, of merged weights; the first input's by default."),
+    click.option("--with-base", is_flag=True, help="The first input is the base, where the algorithm can do without."),
+    click.option("--missing", type=click.Choice(["refuse", "copy"]), default="refuse", show_default=True,
+                 help="What to do with a tensor that some input lacks."),
+    options.name_map,
+    options.allow_base_mismatch,
+    click.option("--reverse", is_flag=True,
+                 help="With an exact delta that is reversible: BASE is the fine-tune; restore the base."),
+    click.option("--undo/--no-undo", default=True,
+                 help="Keep what unmerge needs to give the base back to the bit; kept by default."),
+    click.option("--delta-base", type=click.Path(), metavar="BASE",
+                 help="With exact deltas made with this: add them as numbers, at any --coeff and to any model."),
+    click.option("--allow-incomplete", is_flag=True,
+                 help="Merge an adapter that lacks modules its configuration names."),
+    options.allow_nonfinite,
+)  # fmt: skip
+"""What says which merge it is: everything but the output and the resources."""
 
 
 @click.command("merge", short_help="Merge adapters into a base, or models by an algorithm.")

@@ -57,7 +57,9 @@ class NameMap(click.ParamType[dict[str, str]]):
         return document
 
 
-def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Make one decorator of several, in the order in which ``--help`` lists them."""
+
     def apply(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -66,7 +68,7 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-common = _stack(
+common = stack(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but the result's path or verdict."),
     click.option("--debug", is_flag=True, expose_value=False, help="Print a traceback with an error."),
@@ -103,12 +105,12 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing 
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan: tensors, bytes, memory. Write nothing.")
 restart = click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would be continued.")
 
-push_to = _stack(
+push_to = stack(
     click.option("--push-to", metavar="ORG/NAME", expose_value=False, callback=_keep,
                  help="Then push it to this repository on the Hub, private unless --public."),
     click.option("--public", is_flag=True, expose_value=False, callback=_keep, help="With --push-to: a public one."),
 )  # fmt: skip
-writing = _stack(output, overwrite, dry_run, push_to, stream)
+writing = stack(output, overwrite, dry_run, push_to, stream)
 
 
 def _leave_cache_alone(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -126,7 +128,7 @@ no_cache = click.option(
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N",
                     help="Threads; all cores by default. The bytes written do not depend on it.")  # fmt: skip
 max_memory = click.option("--max-memory", type=Size(), help="Refuse a plan that may need more, as 2GB.")
-resources = _stack(jobs, max_memory)
+resources = stack(jobs, max_memory)
 
 sharding = click.option("--max-shard-size", type=Size(), help="As 5GB; the input's own files are kept by default.")
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Let NaN, Inf and overflow through.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -13,24 +13,16 @@ from surgery.errors import UsageError, printable
 from surgery.formats import run_plan
 from surgery.writer import write_file
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def accept(function: F) -> F:
-    """Add the options of planning to a command."""
-    for option in reversed(
-        [
-            click.option("-o", "--output", "out", type=click.Path(), help="The folder that a saved plan will write."),
-            click.option("--plan-out", type=click.Path(), metavar="FILE", help="Save the plan for surgery run."),
-            options.overwrite,
-            options.sharding,
-            options.resources,
-            options.no_cache,
-            options.common,
-        ]
-    ):
-        function = option(function)
-    return function
+accept = options.stack(
+    click.option("-o", "--output", "out", type=click.Path(), help="The folder that a saved plan will write."),
+    click.option("--plan-out", type=click.Path(), metavar="FILE", help="Save the plan for surgery run."),
+    options.overwrite,
+    options.sharding,
+    options.resources,
+    options.no_cache,
+    options.common,
+)
+"""The options of planning."""
 
 
 def show(
@@ -40,7 +32,7 @@ def show(
     """Print what a merge would do, from headers alone, and save it where that is asked for.
 
     ``described`` is what goes into a saved plan, see :class:`surgery.formats.run_plan.RunPlan`; the rest are the options
-    of :func:`accept`.
+    of :data:`accept`.
 
     Raises:
         UsageError: a plan is to be saved that says no folder to write.
