@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import re
 import struct
@@ -439,3 +440,13 @@ def test_requests_cover_what_is_wanted_and_little_else(seed):
     for start, stop in had:
         mask[start:stop] = False
     assert (left == mask).all()
+
+
+def test_many_threads_may_note_a_revision_at_once(pair, tmp_path):
+    from surgery.sources import folders, hub
+
+    home = hub.locate(hub.HubReference("t/base"))
+    snapshot = folders._DECLARED[home]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: snapshot.note_revision(), range(400)))
+    assert list((home.parents[1] / "refs").iterdir()) == [home.parents[1] / "refs" / "main"]

@@ -64,12 +64,9 @@ class Snapshot:
     def _keep(self, name: str, etag: str, data: bytes) -> None:
         """Store a blob and link to it, as the client does."""
         blob, link = self._home / "blobs" / etag, self.folder / name
-        for parent in (blob.parent, link.parent):
-            parent.mkdir(parents=True, exist_ok=True)
         if not blob.exists():
-            draft = blob.with_name(f"{etag}.{os.getpid()}.incomplete")
-            draft.write_bytes(data)
-            os.replace(draft, blob)
+            _put(blob, data)
+        link.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another process was faster
             link.symlink_to(os.path.relpath(blob, link.parent))
 
@@ -98,11 +95,7 @@ class Snapshot:
         revision = self._reference.revision or hub_cache.MAIN
         if revision == self._commit:
             return
-        note = self._home / "refs" / revision
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f"{note.name}.{os.getpid()}.draft")
-        draft.write_text(self._commit, encoding="ascii")
-        os.replace(draft, note)
+        _put(self._home / "refs" / revision, self._commit.encode("ascii"))
 
     def _url(self, name: str) -> str:
         return f"{http.endpoint()}/{self._reference.repo}/resolve/{self._commit}/{quote(name)}"
@@ -177,6 +170,14 @@ def folder_of(reference: HubReference, *, cached: bool) -> Path:
     folder = Path(os.path.realpath(snapshot.folder))
     folders.declare(folder, snapshot)
     return folder
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Put a small file into the cache, whole, whichever threads and processes do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.incomplete")
+    draft.write_bytes(data)
+    os.replace(draft, path)
 
 
 @contextmanager

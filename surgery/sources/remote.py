@@ -132,26 +132,21 @@ class RemoteFile:
         if not len(out):
             return
         stop = offset + len(out)
-        own: _Run | None = None
         with self._changed:
             while self._whole is None:
                 if self._closed or _GIVEN_UP.is_set():
                     raise HubError("was closed while it was read", file=self._reader.what)
                 run = self._whole_run or self._run_of(offset, stop)
-                if run is None:
+                if run is None:  # nobody announced it
                     first, last = self._piece(offset, stop)
-                    own = _Run(first, last, first)
-                    self._runs.append(own)
-                    break
+                    run = _Run(first, last, first)
+                    self._runs.append(run)
+                    _WORKERS.give(partial(self._take, run))
                 if run.error is not None:
                     raise run.error
                 if run is not self._whole_run and run.place >= stop:
                     break
                 self._changed.wait(_GLANCE)
-        if own is not None:
-            self._take(own)
-            if own.error is not None:
-                raise own.error
         if self._whole is not None:
             self._whole.read_into(offset, out)
         else:
