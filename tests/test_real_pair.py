@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -168,3 +169,16 @@ def test_diff_says_what_the_pair_is_and_what_the_merge_left():
 
 def test_a_merged_adapter_is_recognised_as_low_rank(adapter, merged):
     assert surgery.diff(real_pair.base(), merged).verdict().startswith("low-rank (rank 16")
+
+
+def test_an_adapter_is_not_said_to_be_inside_the_base_it_was_taken_from_but_where_it_was_merged(
+    adapter, merged, tmp_path
+):
+    """What training adds lies along the weights themselves: here its projection on the very base is 0.7."""
+    assert "warnings" not in json.loads((merged / "surgery.json").read_text())
+    foreign, bare = tmp_path / "foreign", tmp_path / "bare"
+    shutil.copytree(adapter, foreign, ignore=shutil.ignore_patterns("surgery.json"))
+    shutil.copytree(merged, bare, ignore=shutil.ignore_patterns("surgery.json", ".surgery"))
+    assert "warnings" not in surgery.merge(real_pair.base(), foreign).save(tmp_path / "once")
+    (said,) = surgery.merge(bare, foreign).save(tmp_path / "twice")["warnings"]
+    assert "foreign seems to be in bare already" in said

@@ -57,6 +57,12 @@ class Work:
         return set(self.updates)
 
     @property
+    def is_proved(self) -> bool:
+        """Whether the adapters' own records prove that all that is touched is what they were taken from."""
+        known = [expected_base(adapter, self.base).keys() for adapter in self.adapters]
+        return not self._allow_base_mismatch and all(self.touched <= names for names in known)
+
+    @property
     def copied(self) -> set[str]:
         """Names of the weights that become copies of one adapter's tensor."""
         return {name for name, updates in self.updates.items() if _is_copy(updates)}
@@ -268,7 +274,7 @@ class Witnessed:
     def _inside(self, sums: Mapping[str, rounding.Sums]) -> dict[str, Any]:
         """Warn where there is no record to say so, and the adapter seems to be in there already."""
         work = self.work
-        if work.history.known or len(work.adapters) != 1:
+        if work.history.known or len(work.adapters) != 1 or work.is_proved:
             return {}
         additive = {name for name, updates in work.updates.items() if all(isinstance(u, ADDITIVE) for u in updates)}
         share = rounding.inside({name: one for name, one in sums.items() if name in additive})
